@@ -1,0 +1,321 @@
+"""The values that pass between rooms."""
+
+from collections.abc import Mapping
+from enum import IntEnum, StrEnum
+from typing import NamedTuple
+
+import msgspec
+
+
+class Kind(StrEnum):
+    """Why an attempt, or a row, has no answer. The strings stand in the `kind` columns and do not change."""
+
+    # The row never became a request.
+    BAD_INPUT = "bad_input"  # a line or value that cannot be read
+    UNSENDABLE = "unsendable"  # its template met a null, or the body cannot be built
+    EXCEEDS_QUOTA = "exceeds_quota"  # larger than the whole bucket
+    # The service asked to wait.
+    RATE_LIMITED = "rate_limited"  # a bucket of a second, minute or hour is empty
+    DAY_QUOTA = "day_quota"  # a bucket of a day is empty, or its reset is more than an hour away
+    NO_CREDIT = "no_credit"  # 402, or a billing code
+    OVERLOADED = "overloaded"  # congestion: queue_exceeded, 498, 529, 503 with a capacity code
+    # The service failed.
+    SERVER_ERROR = "server_error"  # 500 and unknown 5xx
+    UNAVAILABLE = "unavailable"  # 502, 503, 504 and the statuses of an edge in front
+    REQUEST_TIMEOUT = "request_timeout"  # 408, 499, 524: the service gave up waiting
+    CONFLICT = "conflict"  # 409, 423, 424, 425
+    # The connection failed.
+    DNS = "dns"
+    CONNECTION = "connection"  # refused or unreachable: nothing was sent
+    CONNECT_TIMEOUT = "connect_timeout"
+    STALE_CONNECTION = "stale_connection"  # a kept connection was closed as we reused it
+    DISCONNECTED = "disconnected"  # lost after the request was sent
+    TIMEOUT = "timeout"  # no whole answer in time
+    TLS = "tls"
+    CERTIFICATE = "certificate"
+    LOCAL_RESOURCES = "local_resources"  # our own limits: open files, memory, ports
+    PROTOCOL_ERROR = "protocol_error"  # what came is not HTTP
+    # The answer is unusable.
+    MALFORMED_RESPONSE = "malformed_response"
+    NOT_JSON = "not_json"  # an HTML page with status 200
+    RESPONSE_TOO_LARGE = "response_too_large"
+    INVALID_OUTPUT = "invalid_output"  # whole, but it does not fit the schema
+    # The service refused.
+    REJECTED = "rejected"  # 400, 422 and other 4xx: this request, as it is
+    REQUEST_TOO_LARGE = "request_too_large"  # 413
+    UNAUTHORIZED = "unauthorized"  # 401
+    FORBIDDEN = "forbidden"  # 403
+    NOT_FOUND = "not_found"  # 404, 410
+    MODEL_NOT_FOUND = "model_not_found"
+    NOT_SERVED = "not_served"  # 405, 406, 411, 412, 414, 415, 426, 428, 431, 501, 505: the way we speak
+    PROXY = "proxy"  # 407
+    REDIRECT = "redirect"
+
+
+class Outcome(IntEnum):
+    """What was decided about an attempt."""
+
+    AGAIN = 0
+    ANSWERED = 1
+    FAILED = 2
+
+
+class Row(NamedTuple):
+    """One input row. `position` counts over the input's files in order; `problem` says why it cannot be read."""
+
+    position: int
+    fields: Mapping[str, object]
+    problem: str | None = None
+
+
+class Request(msgspec.Struct, frozen=True, gc=False):
+    """One row as it will be sent. `prompt_tokens` is an estimate, `output_tokens` the cap, 0 where there is none."""
+
+    unit: int
+    row: int
+    model: str
+    body: bytes
+    prompt_tokens: int
+    output_tokens: int
+    hash: bytes
+    cache_key: str | None = None
+
+
+class Turn(msgspec.Struct, gc=False):
+    """A request on its way: how often it was asked, and since when (monotonic seconds) it could have gone."""
+
+    request: Request
+    ready: float
+    attempt: int = 1
+    tried: dict[Kind, int] | None = None
+    """Attempts that failed so far, by kind."""
+
+
+class Timing(NamedTuple):
+    """When an attempt was sent (UTC, microseconds) and how long it took (seconds, by our clock)."""
+
+    sent_at: int
+    latency: float
+    time_to_first_token: float | None = None
+
+
+class Limit(NamedTuple):
+    """What the service's headers say of one bucket. `window` and `reset` are seconds."""
+
+    resource: str  # requests, tokens
+    window: float
+    limit: float | None
+    remaining: float | None
+    reset: float | None
+
+
+class Reply(NamedTuple):
+    """A whole HTTP answer, its body read to the end and not yet looked into."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    timing: Timing
+
+
+class Failure(msgspec.Struct, frozen=True, gc=False):
+    """Why an attempt gave no answer. `paid` says that the service may bill it all the same."""
+
+    kind: Kind
+    message: str
+    timing: Timing | None = None
+    status: int | None = None
+    type: str | None = None
+    code: str | None = None
+    retry_after: float | None = None
+    """Seconds that the service asked us to wait."""
+    limits: tuple[Limit, ...] = ()
+    """The buckets that the refusal names or describes."""
+    body: bytes | None = None
+    paid: bool = False
+
+
+class ToolCall(msgspec.Struct, frozen=True, gc=False):
+    """One call that the model asks for; `arguments` is JSON text as the model wrote it."""
+
+    id: str | None
+    type: str | None
+    name: str | None
+    arguments: str | None
+
+
+class Choice(msgspec.Struct, frozen=True, gc=False):
+    """One choice of an answer."""
+
+    index: int
+    text: str | None
+    reasoning: str | None
+    finish_reason: str | None
+    tool_calls: tuple[ToolCall, ...] | None
+
+
+class Usage(msgspec.Struct, frozen=True, gc=False):
+    """Tokens as the service counted them; what it did not say is None."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    accepted_prediction_tokens: int | None = None
+    rejected_prediction_tokens: int | None = None
+    image_tokens: int | None = None
+
+
+class ServiceTimes(NamedTuple):
+    """Times as the service measured them, seconds."""
+
+    queue_time: float | None = None
+    prompt_time: float | None = None
+    completion_time: float | None = None
+    total_time: float | None = None
+
+
+class Answer(msgspec.Struct, frozen=True, gc=False):
+    """A service's answer in our words. `choices` has at least one member, in order of index."""
+
+    choices: tuple[Choice, ...]
+    usage: Usage
+    times: ServiceTimes
+    id: str | None = None
+    model: str | None = None
+    system_fingerprint: str | None = None
+    service_tier: str | None = None
+    service_tier_used: str | None = None
+
+
+class Attempt(msgspec.Struct, array_like=True, gc=False):
+    """One request that was sent and what came of it: the line of the ledger.
+
+    `body` is the raw answer. `outcome` is None until it was decided. `attempt` counts from 1; a row that never
+    became a request has the one attempt 0.
+    """
+
+    unit: int
+    row: int
+    attempt: int
+    outcome: Outcome | None
+    sent_at: int
+    """UTC, microseconds."""
+    waited: float
+    """Seconds between being ready and being sent."""
+    latency: float
+    time_to_first_token: float | None
+    prompt_tokens: int
+    output_tokens: int
+    request_hash: bytes
+    model: str
+    cache_key: str | None
+    body: bytes | None
+    status: int | None = None
+    kind: Kind | None = None
+    type: str | None = None
+    code: str | None = None
+    message: str | None = None
+    retry_after: float | None = None
+    paid: bool = False
+
+
+class Price(msgspec.Struct, frozen=True):
+    """USD per million tokens."""
+
+    input: float
+    output: float
+    cached: float | None = None
+    """Input tokens from the cache; as `input` where it is not given."""
+
+
+class Totals(msgspec.Struct, kw_only=True):
+    """Sums over rows: of one part, or of a whole output. Durations are seconds."""
+
+    rows: int = 0
+    answered: int = 0
+    failed: int = 0
+    attempts: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    billed_prompt_tokens: int = 0
+    billed_completion_tokens: int = 0
+    cost_usd: float | None = None
+    altered: int = 0
+    finish_reasons: dict[str, int] = {}
+    failure_kinds: dict[str, int] = {}
+    latency: float = 0.0
+
+    def add(self, other: "Totals") -> None:
+        """Add another's sums to these."""
+        for name in self.__struct_fields__:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if isinstance(mine, dict):
+                for key, count in theirs.items():
+                    mine[key] = mine.get(key, 0) + count
+            elif theirs is not None:
+                setattr(self, name, theirs if mine is None else mine + theirs)
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """A published file: its name below the output, and what it must look like."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class PartRecord(msgspec.Struct, frozen=True):
+    """What the ledger knows of one range of rows.
+
+    `stop` is where its selected rows end; `place` is where the range starts in a JSONL input: file, byte, line.
+    """
+
+    complete: bool
+    stop: int
+    place: tuple[int, int, int] | None = None
+    totals: Totals = msgspec.field(default_factory=Totals)
+    files: tuple[FileRecord, ...] = ()
+
+
+class Snapshot(NamedTuple):
+    """A run at one moment, for whoever watches it. Tokens, cost and seconds are this run's; rows are the output's."""
+
+    total: int | None
+    """Selected rows; None while the input is still being counted."""
+    answered: int
+    failed: int
+    before: int
+    """Rows that earlier runs had done."""
+    in_flight: int
+    window: int
+    waiting: int
+    binds: str
+    """What holds the run back: input, in flight, requests per minute, tokens per minute, retries, outage, …"""
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: float | None
+    seconds: float
+    phase: str
+    """running, draining, publishing."""
+
+
+class Summary(msgspec.Struct, kw_only=True):
+    """What a run leaves behind: the content of summary.json. `totals` are the sums over the output's folders."""
+
+    name: str
+    state: str
+    """complete, or why not: paused, interrupted, stopped."""
+    selected: int | None
+    pending: int | None
+    totals: Totals
+    started_at: str
+    finished_at: str
+    seconds: float
+    """This run's, as are the requests it sent."""
+    requests: int
+    version: str
