@@ -1,0 +1,470 @@
+"""The job file: typed, validated before anything is sent, and fingerprinted."""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta, Struct
+
+from batcher.errors import JobError
+from batcher.records import Price
+
+SIMULATOR = "simulator"
+
+_Section = TypeVar("_Section", bound=Struct)
+
+_Count = Annotated[int, Meta(ge=1)]
+_Text = Annotated[str, Meta(min_length=1)]
+
+
+class Input(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the rows come from."""
+
+    path: _Text | Annotated[list[_Text], Meta(min_length=1)]
+    format: Literal["parquet", "jsonl"] | None = None
+    id: _Text | None = None
+    limit: _Count | None = None
+
+
+class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who is asked, and how it is reached. `timeout` is in seconds once read."""
+
+    base_url: _Text = "https://api.cerebras.ai/v1"
+    api_key_env: _Text | None = None
+    dialect: Literal["cerebras", "openai"] | None = None
+    headers_env: _Text | None = None
+    encoding: Literal["json"] = "json"
+    compression: Literal["none"] = "none"
+    timeout: float = 600.0
+    proxy: bool = False
+    prices: dict[str, Price] = {}
+
+
+class Schedule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much may be under way: numbers are ceilings, an absent rate is no limit of ours."""
+
+    max_in_flight: Annotated[int, Meta(ge=1, le=100_000)] | Literal["auto"] = "auto"
+    requests_per_minute: Annotated[float, Meta(gt=0)] | None = None
+    tokens_per_minute: Annotated[float, Meta(gt=0)] | None = None
+    uncached_tokens_per_minute: Annotated[float, Meta(gt=0)] | None = None
+
+
+class Retry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How often a row is asked again."""
+
+    max_attempts: Annotated[int, Meta(ge=1, le=100)] = 6
+    max_invalid: Annotated[int, Meta(ge=0, le=100)] = 2
+
+
+class Output(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the answers go."""
+
+    path: _Text
+    ledger: _Text | None = None
+    keep: list[_Text] | Literal["all"] = []
+    rows_per_part: Annotated[int, Meta(ge=1, le=10_000_000)] = 50_000
+    raw: bool = False
+
+
+class RequestTemplate(Struct, frozen=True, kw_only=True):
+    """The `[request]` section with its files read: what every row's request is made from."""
+
+    endpoint: Literal["chat", "completions"]
+    parameters: dict[str, object]
+    """The API's own names; strings may be templates. `messages` or `prompt` is among them."""
+    schema: dict[str, object] | None = None
+    schema_name: str = "answer"
+
+
+_Unit = Annotated[float, Meta(ge=0, le=1)]
+_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+_PARAMETERS: dict[str, Any] = {
+    "model": _Text,
+    "frequency_penalty": _Penalty,
+    "max_completion_tokens": _Count,
+    "max_tokens": _Count,
+    "n": Annotated[int, Meta(ge=1, le=128)],
+    "presence_penalty": _Penalty,
+    "prompt_cache_key": Annotated[str, Meta(max_length=1024)],
+    "reasoning_effort": Literal["none", "low", "medium", "high"],
+    "response_format": dict[str, Any],
+    "seed": int,
+    "stop": str | Annotated[list[str], Meta(min_length=1, max_length=4)],
+    "temperature": Annotated[float, Meta(ge=0, le=2)],
+    "top_p": _Unit,
+    "user": str,
+}
+"""Types and ranges of the chat completions reference (api.cerebras.ai, /v1/chat/completions)."""
+_MESSAGES = Annotated[list[dict[str, Any]], Meta(min_length=1)]
+_CHAT: dict[str, Any] = _PARAMETERS | {"messages": _MESSAGES}
+_NOT_COMPLETIONS = {"max_completion_tokens", "response_format", "reasoning_effort"}
+_COMPLETIONS: dict[str, Any] = {k: t for k, t in _PARAMETERS.items() if k not in _NOT_COMPLETIONS} | {"prompt": str}
+_SHORTHANDS = ("endpoint", "system", "prompt")
+
+_LATER = {
+    "input": ("where", "sample"),
+    "request": (
+        *("body", "extra", "tools", "tool_choice", "parallel_tool_calls", "logprobs", "top_logprobs", "logit_bias"),
+        *("prediction", "stream", "stream_options", "clear_thinking", "disable_reasoning", "reasoning_format"),
+        *("min_completion_tokens", "min_tokens", "return_raw_tokens", "grammar_root", "echo", "best_of"),
+    ),
+    "schedule": ("service_tier", "queue_threshold", "deadline", "budget_usd", "dedupe", "wait"),
+    "retry": ("repair",),
+    "": ("sweep", "score"),
+}
+_LATER_VALUES = {
+    ("input", "format"): ("csv", "arrow", "openai-batch"),
+    ("request", "prompt_cache_key"): ("auto",),
+    ("request", "max_completion_tokens"): ("auto",),
+    ("service", "encoding"): ("msgpack",),
+    ("service", "compression"): ("gzip",),
+    ("schedule", "requests_per_minute"): ("auto",),
+    ("schedule", "tokens_per_minute"): ("auto",),
+    ("schedule", "uncached_tokens_per_minute"): ("auto",),
+}
+_SECTIONS: dict[str, type[Struct]] = {
+    "input": Input,
+    "service": Service,
+    "schedule": Schedule,
+    "retry": Retry,
+    "output": Output,
+}
+
+
+class Job:
+    """What is to be done: the sections of a job file, checked.
+
+    `folder` is what relative paths start from. Raises JobError naming the key and what is allowed.
+    """
+
+    __slots__ = ("_sections", "folder", "input", "name", "origin", "output", "request", "retry", "schedule", "service")
+
+    def __init__(
+        self,
+        *,
+        name: str = "job",
+        input: Mapping[str, object],
+        request: Mapping[str, object],
+        output: Mapping[str, object],
+        service: Mapping[str, object] | None = None,
+        schedule: Mapping[str, object] | None = None,
+        retry: Mapping[str, object] | None = None,
+        folder: str | Path = ".",
+        origin: str = "job",
+    ) -> None:
+        if not isinstance(name, str) or not name:
+            raise JobError(f"{origin}: name: a text that is not empty, please")
+        self.name = name
+        self.folder = Path(folder).absolute()
+        self.origin = origin
+        self.input: Input = _section(Input, "input", input, origin)
+        self.service: Service = _service(service or {}, origin)
+        self.schedule: Schedule = _section(Schedule, "schedule", schedule or {}, origin)
+        self.retry: Retry = _section(Retry, "retry", retry or {}, origin)
+        self.output: Output = _section(Output, "output", output, origin)
+        self.request = _request(request, self.folder, origin)
+        self._sections = {
+            "input": input,
+            "request": request,
+            "service": service,
+            "schedule": schedule,
+            "retry": retry,
+            "output": output,
+        }
+        for place in filter(None, (self.output.path, self.output.ledger)):
+            if "://" in place:
+                raise JobError(f"{origin}: output: {place} is not a local path; object stores are not supported yet")
+
+    def __repr__(self) -> str:
+        return f"Job({self.name!r}, {self.request.parameters['model']!r}, output={self.output.path!r})"
+
+    @property
+    def output_folder(self) -> Path:
+        """The output's folder, absolute."""
+        return Path(os.path.normpath(self.folder / self.output.path))
+
+    @property
+    def ledger_path(self) -> Path:
+        """The ledger's file, absolute; inside the output unless the job says otherwise."""
+        return (
+            Path(os.path.normpath(self.folder / self.output.ledger))
+            if self.output.ledger
+            else (self.output_folder / "ledger.sqlite")
+        )
+
+    def document(self) -> bytes:
+        """The job as TOML, overrides included; the ledger's path is absolute: the output may be read from anywhere."""
+        document: dict[str, object] = {"name": self.name}
+        document |= {name: dict(section) for name, section in self._sections.items() if section}
+        if self.output.ledger:
+            document["output"] = {**(self._sections["output"] or {}), "ledger": str(self.ledger_path)}
+        return msgspec.toml.encode(document)
+
+    def meaning(self) -> dict[str, object]:
+        """What may not change between the runs of one output, by dotted key, as JSON-able values."""
+        parameters = {f"request.{name}": value for name, value in self.request.parameters.items()}
+        return {
+            "request.endpoint": self.request.endpoint,
+            **parameters,
+            "request.response_format.schema": self.request.schema,
+            "service.host": SIMULATOR
+            if self.service.base_url == SIMULATOR
+            else urlsplit(self.service.base_url).hostname,
+            "input.id": self.input.id,
+            "output.keep": self.output.keep,
+            "output.rows_per_part": self.output.rows_per_part,
+            "output.raw": self.output.raw,
+        }
+
+
+def load(path: str | Path, settings: Sequence[str] = ()) -> Job:
+    """Read a job file. `settings` are `section.key=value` overrides, the value in TOML or a bare text."""
+    path = Path(path)
+    origin = path.name
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise JobError(f"{path}: no such job file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise JobError(f"{origin}: not valid TOML: {error}") from None
+    for setting in settings:
+        _override(document, setting)
+    top = {"name", "request", *_SECTIONS}
+    for key in document:
+        if key in _LATER[""]:
+            raise JobError(f"{origin}: [{key}] is not supported yet")
+        if key not in top:
+            raise JobError(f"{origin}: unknown key {key}{_nearest(key, top)}")
+    for section in (*_SECTIONS, "request"):
+        if not isinstance(document.get(section, {}), dict):
+            raise JobError(f"{origin}: {section}: a section, please: [{section}]")
+    for section in ("input", "request", "output"):
+        if section not in document:
+            raise JobError(f"{origin}: the section [{section}] is missing")
+    return Job(**document, folder=path.absolute().parent, origin=origin)
+
+
+def misfit(endpoint: str, name: str, value: object) -> str | None:
+    """Say what is wrong with one parameter's value, or None. The check of both job files and rendered rows."""
+    kind = (_CHAT if endpoint == "chat" else _COMPLETIONS)[name]
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        return f"{name}: {_plain(error)}, not {_shown(value)}"
+    if isinstance(value, bool) and kind is not bool:
+        return f"{name}: true and false are not numbers"
+    if name == "messages":
+        for index, message in enumerate(value if isinstance(value, list) else []):
+            if not isinstance(message.get("role"), str):
+                return f"{name}[{index}]: every message has a role"
+    return None
+
+
+def duration(text: object) -> float:
+    """Seconds of "10m", "1.5h", "250ms" or a plain number. Raises ValueError."""
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        seconds = float(text)
+    else:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)", str(text).strip())
+        if not found:
+            raise ValueError
+        seconds = float(found[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+    if not 0 < seconds < 1e9:
+        raise ValueError
+    return seconds
+
+
+def is_template(value: object) -> bool:
+    """Whether a value of `[request]` is a text that Jinja has to render."""
+    return isinstance(value, str) and ("{{" in value or "{%" in value or "{#" in value)
+
+
+def _section(kind: type[_Section], name: str, given: Mapping[str, object], origin: str) -> _Section:
+    fields = [field.name for field in msgspec.structs.fields(kind)]
+    for key, value in given.items():
+        _refuse_later(name, key, value, origin)
+        if key not in fields:
+            raise JobError(f"{origin}: unknown key {name}.{key}{_nearest(key, fields)}")
+        if isinstance(value, bool) and key not in ("raw", "proxy"):
+            raise JobError(f"{origin}: {name}.{key}: true and false mean nothing here")
+    try:
+        return msgspec.convert(dict(given), kind)
+    except msgspec.ValidationError as error:
+        where = re.search(r"at `\$((?:\.\w+|\[[^\]]*\])*)`", str(error))
+        missing = re.search(r"missing required field `(\w+)`", str(error))
+        key = f".{missing[1]}" if missing else where[1] if where else ""
+        value = given.get(key.lstrip(".").split("[")[0].split(".")[0])
+        said = "is missing" if missing else f"{_plain(error)}, not {_shown(value)}"
+        raise JobError(f"{origin}: {name}{key}: {said}") from None
+
+
+def _service(given: Mapping[str, object], origin: str) -> Service:
+    values = dict(given)
+    if "timeout" in values:
+        try:
+            values["timeout"] = duration(values["timeout"])
+        except ValueError:
+            raise JobError(
+                f'{origin}: service.timeout: a duration such as "90s" or "10m", not {_shown(values["timeout"])}'
+            ) from None
+    service: Service = _section(Service, "service", values, origin)
+    if service.base_url == SIMULATOR:
+        return service
+    url = urlsplit(service.base_url)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise JobError(f'{origin}: service.base_url: an http(s) URL or "simulator", not {_shown(service.base_url)}')
+    if url.username or url.password:
+        raise JobError(f"{origin}: service.base_url: no user or password in the URL; name a variable in api_key_env")
+    if url.query or url.fragment:
+        raise JobError(f"{origin}: service.base_url: no ? or # part, please")
+    if url.scheme == "http" and not _is_near(url.hostname):
+        raise JobError(
+            f"{origin}: service.base_url: http:// would send key and prompts unencrypted to {url.hostname}; use https://"
+        )
+    return service
+
+
+def _is_near(host: str) -> bool:
+    """Whether plain HTTP to this host stays on the machine or its private network."""
+    try:
+        return (address := ip_address(host)).is_loopback or (address.is_private and not address.is_link_local)
+    except ValueError:
+        return "." not in host or host.endswith((".local", ".internal", ".localhost"))
+
+
+def _request(given: Mapping[str, object], folder: Path, origin: str) -> RequestTemplate:
+    endpoint = given.get("endpoint", "chat")
+    if endpoint not in ("chat", "completions"):
+        raise JobError(f"{origin}: request.endpoint: chat or completions, not {_shown(endpoint)}")
+    chat = endpoint == "chat"
+    known = _CHAT if chat else _COMPLETIONS
+    for key, value in given.items():
+        _refuse_later("request", key, value, origin)
+        if key not in known and not (key in _SHORTHANDS if chat else key == "endpoint"):
+            where = "" if key not in {**_CHAT, **_COMPLETIONS, "system": 0} else f" with endpoint = {_shown(endpoint)}"
+            allowed = {*known, *_SHORTHANDS} if chat else {*known, "endpoint"}
+            raise JobError(f"{origin}: unknown key request.{key}{where}{_nearest(key, allowed)}")
+    values = {key: _with_files(value, folder, f"{origin}: request.{key}") for key, value in given.items()}
+    values.pop("endpoint", None)
+    if "max_tokens" in values and "max_completion_tokens" in values:
+        raise JobError(f"{origin}: request: max_tokens or max_completion_tokens, not both")
+
+    schema: dict[str, object] | None = None
+    schema_name = "answer"
+    wanted = values.get("response_format")
+    if isinstance(wanted, dict) and "schema" in wanted:
+        if set(wanted) != {"schema"}:
+            raise JobError(f"{origin}: request.response_format: schema stands alone, or give the API's own object")
+        schema, schema_name = _schema(wanted["schema"], folder, f"{origin}: request.response_format.schema")
+        del values["response_format"]
+
+    if chat:
+        for key in ("system", "prompt"):
+            if key in values and not isinstance(values[key], str):
+                raise JobError(f"{origin}: request.{key}: a text, not {_shown(values[key])}")
+        shorthands = {key: values.pop(key) for key in ("system", "prompt") if key in values}
+        if ("messages" in values) == ("prompt" in shorthands) or ("messages" in values and shorthands):
+            raise JobError(f"{origin}: request: give prompt (and system, if you like), or messages")
+        if shorthands:
+            roles = {"system": "system", "prompt": "user"}
+            values["messages"] = [
+                {"role": roles[key], "content": shorthands[key]} for key in ("system", "prompt") if key in shorthands
+            ]
+    elif "prompt" not in values:
+        raise JobError(f"{origin}: request.prompt is missing")
+    if "model" not in values:
+        raise JobError(f"{origin}: request.model is missing")
+    for key, value in values.items():
+        if not is_template(value) and (wrong := misfit(endpoint, key, value)):
+            raise JobError(f"{origin}: request.{wrong}")
+    return RequestTemplate(endpoint=endpoint, parameters=values, schema=schema, schema_name=schema_name)
+
+
+def _with_files(value: object, folder: Path, where: str) -> object:
+    """The value with every `{ file = "…" }` replaced by that file's text."""
+    match value:
+        case {"file": str(name), **rest} if not rest:
+            try:
+                return (folder / name).read_text(encoding="utf-8-sig").rstrip("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise JobError(f"{where}: {name} cannot be read: {_reason(error)}") from None
+        case dict():
+            return {key: _with_files(inner, folder, where) for key, inner in value.items()}
+        case list():
+            return [_with_files(inner, folder, where) for inner in value]
+        case _:
+            return value
+
+
+def _schema(given: object, folder: Path, where: str) -> tuple[dict[str, object], str]:
+    if isinstance(given, dict):
+        return given, str(given.get("title", "answer"))
+    if not isinstance(given, str):
+        raise JobError(f"{where}: a file name or a table, not {_shown(given)}")
+    try:
+        schema = msgspec.json.decode((folder / given).read_bytes())
+    except OSError as error:
+        raise JobError(f"{where}: {given} cannot be read: {_reason(error)}") from None
+    except msgspec.DecodeError as error:
+        raise JobError(f"{where}: {given} is not JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise JobError(f"{where}: {given} holds no JSON object")
+    return schema, str(schema.get("title") or Path(given).name.split(".")[0])
+
+
+def _refuse_later(section: str, key: str, value: object, origin: str) -> None:
+    if key in _LATER.get(section, ()) or (section == "request" and key in Schedule.__struct_fields__):
+        raise JobError(f"{origin}: {section}.{key} is not supported yet")
+    if isinstance(value, str) and value in _LATER_VALUES.get((section, key), ()):
+        raise JobError(f"{origin}: {section}.{key} = {_shown(value)} is not supported yet")
+
+
+def _override(document: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    *sections, name = key.strip().split(".")
+    if not equals or not name or len(sections) > 2:
+        raise JobError(f"--set {setting}: section.key=value, please")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for section in sections:
+        document = document.setdefault(section, {})
+        if not isinstance(document, dict):
+            raise JobError(f"--set {setting}: {section} is not a section")
+    document[name] = value
+
+
+def _nearest(key: str, known: Sequence[str] | set[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(known), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
+
+
+def _plain(error: Exception) -> str:
+    """msgspec's sentence without its JSON path and back quotes."""
+    return re.sub(r" - at `.*`$", "", str(error)).replace("`", "").replace("Expected ", "expected ").split(", got")[0]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def differences(before: Mapping[str, object], after: Mapping[str, object]) -> Iterator[str]:
+    """One line per key whose value is not the same in both, as a person would want to read it."""
+    for key in sorted({*before, *after}):
+        if before.get(key) != after.get(key):
+            yield f"{key}: was {_shown(before.get(key))}, is now {_shown(after.get(key))}"
