@@ -1,0 +1,376 @@
+"""What is recorded, what is published, what is left: SQLite with one writer thread and group commit."""
+
+import asyncio
+import fcntl
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import msgspec
+
+from batcher.errors import OutputInUseError, StorageError
+from batcher.killpoint import killpoint
+from batcher.records import Attempt, Kind, Outcome, PartRecord
+
+FORMAT = 1
+GATHER = 0.03
+"""Seconds that answers gather before they are committed together: a sync costs as much for one as for hundreds."""
+RESERVE_BYTES = 16 << 20
+"""Kept free for the answers that are still in flight when the disk fills up."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS attempts (
+    unit INTEGER NOT NULL, row INTEGER NOT NULL, attempt INTEGER NOT NULL,
+    outcome INTEGER, kind TEXT, record BLOB NOT NULL,
+    PRIMARY KEY (unit, row, attempt)
+);
+CREATE TABLE IF NOT EXISTS parts (
+    unit INTEGER NOT NULL, part INTEGER NOT NULL, record BLOB NOT NULL,
+    PRIMARY KEY (unit, part)
+) WITHOUT ROWID;
+"""
+_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs", "ncpfs"}
+_LOCAL_FUSE = {"fuseblk", "fuse.ext2", "fuse.ntfs", "fuse.exfat"}
+
+_encode_attempt = msgspec.msgpack.Encoder().encode
+_decode_attempt = msgspec.msgpack.Decoder(Attempt).decode
+_T = TypeVar("_T")
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """What is known of a range before its rows are read again: the rows that are done, and how others failed so far."""
+
+    done: frozenset[int]
+    failed: int
+    """How many of the done rows have failed."""
+    tried: dict[int, tuple[int, dict[Kind, int]]]
+    """By row: the last attempt's number, and failed attempts by kind."""
+
+
+class Ledger:
+    """The durable state of one output.
+
+    Made and read on any thread; `record` and `start` on the event loop's. Raises StorageError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.backlog = 0
+        """Bytes of answers that are queued and not yet durable."""
+        self._reserve = path.with_name(path.name + ".reserve")
+        self._queue: queue.SimpleQueue[_Batch | _Write | None] = queue.SimpleQueue()
+        self._gathered: list[Attempt] = []
+        self._gathered_bytes = 0
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopped = threading.Event()
+        refuse_network_file_system(path.parent)
+        try:
+            with closing(self._connect()) as db:
+                db.executescript(_SCHEMA)
+        except sqlite3.Error as error:
+            raise _storage_error(path, error) from None
+        version = self.meta("format")
+        if version is None:
+            self.set_meta({"format": str(FORMAT).encode()})
+        elif int(version) > FORMAT:
+            raise StorageError(f"{path}: written by a newer batcher (format {int(version)}); use that one")
+
+    # What is known
+
+    def meta(self, key: str) -> bytes | None:
+        """A value kept for the whole output."""
+        with closing(self._connect()) as db:
+            found = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return found[0] if found else None
+
+    def set_meta(self, values: dict[str, bytes]) -> None:
+        """Keep values for the whole output; durable when this returns."""
+        try:
+            with closing(self._connect()) as db, db:
+                db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
+        except sqlite3.Error as error:
+            raise _storage_error(self.path, error) from None
+
+    def parts(self, unit: int) -> dict[int, PartRecord]:
+        """What is known of every range that was ever opened."""
+        with closing(self._connect()) as db:
+            rows = db.execute("SELECT part, record FROM parts WHERE unit = ? ORDER BY part", (unit,)).fetchall()
+        return {part: msgspec.msgpack.decode(record, type=PartRecord) for part, record in rows}
+
+    def progress(self, unit: int, start: int, stop: int) -> Progress:
+        """Which rows of [start, stop) are done, and how the others failed so far."""
+        done: set[int] = set()
+        failed = 0
+        tried: dict[int, tuple[int, dict[Kind, int]]] = {}
+        with closing(self._connect()) as db:
+            for row, attempt, outcome, kind in db.execute(
+                "SELECT row, attempt, outcome, kind FROM attempts WHERE unit = ? AND row >= ? AND row < ?"
+                " ORDER BY row, attempt",
+                (unit, start, stop),
+            ):
+                if outcome == Outcome.AGAIN:
+                    _, kinds = tried.get(row, (0, {}))
+                    tried[row] = (attempt, kinds | {Kind(kind): kinds.get(Kind(kind), 0) + 1} if kind else kinds)
+                elif outcome is not None:
+                    done.add(row)
+                    failed += outcome == Outcome.FAILED
+        return Progress(frozenset(done), failed, {row: told for row, told in tried.items() if row not in done})
+
+    def undecided(self) -> list[Attempt]:
+        """Answers that were recorded by a run that died before it had decided what they are."""
+        with closing(self._connect()) as db:
+            rows = db.execute("SELECT record FROM attempts WHERE outcome IS NULL").fetchall()
+        return [_decode_attempt(record) for (record,) in rows]
+
+    def attempts(self, unit: int, start: int, stop: int) -> Iterator[Attempt]:
+        """The recorded attempts of rows [start, stop), by row and attempt, as one consistent view."""
+        with closing(self._connect()) as db:
+            for (record,) in db.execute(
+                "SELECT record FROM attempts WHERE unit = ? AND row >= ? AND row < ? ORDER BY row, attempt",
+                (unit, start, stop),
+            ):
+                yield _decode_attempt(record)
+
+    # Writing
+
+    def start(
+        self,
+        on_durable: Callable[[Sequence[Attempt]], None],
+        on_trouble: Callable[[StorageError], None],
+    ) -> None:
+        """Start the writer. Both callbacks run on this event loop: after each commit, and when the disk refuses."""
+        try:
+            with self._reserve.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+        except OSError as error:
+            self._reserve.unlink(missing_ok=True)
+            raise StorageError(
+                f"{self.path.parent}: {error.strerror}; {RESERVE_BYTES >> 20} MiB must be free"
+            ) from None
+        self._loop = asyncio.get_running_loop()
+        self._on_durable, self._on_trouble = on_durable, on_trouble
+        self._thread = threading.Thread(target=self._write, name="ledger", daemon=True)
+        self._thread.start()
+
+    def record(self, attempt: Attempt) -> None:
+        """Queue an attempt; it is durable when the callback names it.
+
+        It may still be changed until this turn of the event loop ends.
+        """
+        self._gathered.append(attempt)
+        size = len(attempt.body) if attempt.body else 0
+        self._gathered_bytes += size
+        self.backlog += size
+        if len(self._gathered) == 1:
+            assert self._loop is not None
+            self._loop.call_later(GATHER, self._hand_over)
+        elif self._gathered_bytes > 4 << 20:
+            assert self._loop is not None
+            self._loop.call_soon(self._hand_over)
+
+    def open_part(self, unit: int, part: int, record: PartRecord) -> None:
+        """Queue what is known of a range that is being opened."""
+        self._queue.put(_Write(lambda db: _put_part(db, unit, part, record), Future()))
+
+    def published(self, unit: int, part: int, record: PartRecord, rows: range | None = None) -> "Future[None]":
+        """Note that a part lies in its place; with `rows`, that its range is complete: their attempts are dropped."""
+        killpoint("complete.before" if rows else "published.before")
+
+        def write(db: sqlite3.Connection) -> None:
+            _put_part(db, unit, part, record)
+            if rows is not None:
+                db.execute(
+                    "DELETE FROM attempts WHERE unit = ? AND row >= ? AND row < ?", (unit, rows.start, rows.stop)
+                )
+
+        done: Future[None] = Future()
+        self._queue.put(_Write(write, done))
+        return done
+
+    async def flush(self) -> None:
+        """Return when everything that was queued before is durable. Raises StorageError when it cannot be."""
+        self._hand_over()
+        done: Future[None] = Future()
+        self._queue.put(_Write(lambda db: None, done))
+        await asyncio.wrap_future(done)
+
+    def give_up(self) -> None:
+        """Stop trying to write what the disk refuses."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Write what is queued, fold the journal into the file, and let go."""
+        if self._thread is not None:
+            self._hand_over()
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+        self._reserve.unlink(missing_ok=True)
+
+    def _hand_over(self) -> None:
+        if self._gathered:
+            self._queue.put(_Batch(self._gathered, self._gathered_bytes))
+            self._gathered, self._gathered_bytes = [], 0
+
+    def _write(self) -> None:
+        """The writer thread: commit whatever has queued up, then tell the loop."""
+        db = self._connect()
+        ending = False
+        while not ending:
+            items = [self._queue.get()]
+            with suppress(queue.Empty):
+                while True:
+                    items.append(self._queue.get_nowait())
+            work = [item for item in items if item is not None]
+            ending = len(work) < len(items)
+            refused = self._commit(db, work)
+            for item in work:
+                if isinstance(item, _Batch):
+                    if refused is None:
+                        self._tell(self._durable, item)
+                elif refused is None:
+                    item.done.set_result(None)
+                else:
+                    item.done.set_exception(refused)
+        with suppress(sqlite3.Error):
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        db.close()
+
+    def _commit(self, db: sqlite3.Connection, work: "Sequence[_Batch | _Write]") -> StorageError | None:
+        """One transaction; tried again with the reserve given free, then until somebody gives up."""
+        told = False
+        while True:
+            try:
+                killpoint("commit.before")
+                db.execute("BEGIN IMMEDIATE")
+                for item in work:
+                    if isinstance(item, _Batch):
+                        db.executemany(
+                            "INSERT OR REPLACE INTO attempts VALUES (?, ?, ?, ?, ?, ?)",
+                            [(a.unit, a.row, a.attempt, a.outcome, a.kind, _encode_attempt(a)) for a in item.attempts],
+                        )
+                    else:
+                        item.write(db)
+                killpoint("commit.inside")
+                db.execute("COMMIT")
+                killpoint("commit.after")
+            except sqlite3.Error as error:
+                with suppress(sqlite3.Error):
+                    db.execute("ROLLBACK")
+                trouble = _storage_error(self.path, error)
+                if not told:
+                    told = True
+                    self._reserve.unlink(missing_ok=True)
+                    self._tell(self._on_trouble, trouble)
+                elif self._stopped.wait(0.2):
+                    return trouble
+            else:
+                return None
+
+    def _durable(self, batch: "_Batch") -> None:
+        self.backlog -= batch.size
+        self._on_durable(batch.attempts)
+
+    def _tell(self, callback: Callable[[_T], None], value: _T) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop is gone: nobody is left to be told
+            self._loop.call_soon_threadsafe(callback, value)
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
+        # Pages of 16 KiB hold whole answers; overwriting what is dropped would cost more than recording it.
+        db.executescript(
+            "PRAGMA page_size=16384; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA secure_delete=OFF;"
+        )
+        return db
+
+
+class _Batch:
+    """Attempts that are committed together."""
+
+    __slots__ = ("attempts", "size")
+
+    def __init__(self, attempts: list[Attempt], size: int) -> None:
+        self.attempts = attempts
+        self.size = size
+
+
+class _Write:
+    """Any other change, with a future for whoever waits for it."""
+
+    __slots__ = ("done", "write")
+
+    def __init__(self, write: Callable[[sqlite3.Connection], None], done: "Future[None]") -> None:
+        self.write = write
+        self.done = done
+
+
+def _put_part(db: sqlite3.Connection, unit: int, part: int, record: PartRecord) -> None:
+    db.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", (unit, part, msgspec.msgpack.encode(record)))
+
+
+class Lock:
+    """The right to write to one folder, held until this process ends. Raises OutputInUseError, StorageError."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageError(f"{folder}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._descriptor)
+            raise OutputInUseError(f"{folder} is in use by another run; wait for it, or stop it first") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+
+def refuse_network_file_system(folder: Path, mounts: str | None = None) -> None:
+    """Raise StorageError when a folder lies where locks and syncs do not hold. `mounts` is /proc/self/mountinfo."""
+    if mounts is None:
+        try:
+            mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return  # not Linux: the system does not tell
+    place = os.path.realpath(folder)
+    best: tuple[int, str] = (-1, "")
+    for line in mounts.splitlines():
+        left, _, right = line.partition(" - ")
+        point = left.split()[4].replace("\\040", " ")
+        if place == point or place.startswith(point.rstrip("/") + "/"):
+            best = max(best, (len(point), right.split()[0]), key=lambda found: found[0])
+    kind = best[1]
+    if kind in _NETWORK or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE):
+        raise StorageError(
+            f"{folder} lies on a network file system ({kind}), where the ledger is not safe;\n"
+            "name a local file in [output] ledger"
+        )
+
+
+def _storage_error(path: Path, error: sqlite3.Error) -> StorageError:
+    text = str(error)
+    if "disk is full" in text or "disk I/O error" in text:
+        free = os.statvfs(path.parent)
+        if free.f_bavail * free.f_frsize < RESERVE_BYTES or "full" in text:
+            return StorageError(f"{path.parent}: no space left on the device; free some and run the same command again")
+    if "readonly" in text or "unable to open" in text:
+        return StorageError(f"{path}: cannot be written; check the folder's permissions")
+    if "malformed" in text or "not a database" in text:
+        return StorageError(f"{path}: is damaged ({text}); restore it, or start anew in another output folder")
+    return StorageError(f"{path}: {text}")
