@@ -1,0 +1,175 @@
+"""Again, and when? Rules for failed attempts, and the guard that ends a run which would fail every row."""
+
+import random
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import NamedTuple, cast
+
+from tenacity import RetryCallState, wait_exponential_jitter, wait_random, wait_random_exponential
+from tenacity.wait import wait_base
+
+from batcher.errors import BatcherError, PausedError, ServiceError
+from batcher.records import Failure, Kind
+
+AT_ONCE = wait_random(0, 0.05)
+BACK_OFF = wait_random_exponential(multiplier=0.5, min=0.05, max=30)
+CAPACITY = wait_exponential_jitter(initial=1, max=60, jitter=1)
+
+MAX_REQUEUES = 200
+"""Times that a row is sent back without being charged for it: refusals that are no fault of its own."""
+
+
+class Rule(NamedTuple):
+    """What a kind of failure means for its row.
+
+    `again` is how many times the row may be asked again for this kind; `charged` counts it against
+    `max_attempts`; `cost` is taken from the job's retry budget.
+    """
+
+    again: int
+    wait: wait_base
+    charged: bool = True
+    cost: float = 5
+
+
+_ALWAYS = 1_000_000
+RULES: Mapping[Kind, Rule] = {
+    Kind.RATE_LIMITED: Rule(_ALWAYS, BACK_OFF, charged=False, cost=0),
+    Kind.DAY_QUOTA: Rule(_ALWAYS, BACK_OFF, charged=False, cost=0),
+    Kind.NO_CREDIT: Rule(_ALWAYS, BACK_OFF, charged=False, cost=0),
+    Kind.OVERLOADED: Rule(_ALWAYS, CAPACITY, charged=False, cost=0),
+    Kind.SERVER_ERROR: Rule(3, BACK_OFF),
+    Kind.UNAVAILABLE: Rule(_ALWAYS, BACK_OFF),
+    Kind.REQUEST_TIMEOUT: Rule(_ALWAYS, BACK_OFF, cost=10),
+    Kind.CONFLICT: Rule(_ALWAYS, BACK_OFF),
+    # Nothing was sent: the row is not to blame, and the breaker keeps these from being many.
+    Kind.DNS: Rule(_ALWAYS, CAPACITY, charged=False, cost=2),
+    Kind.CONNECTION: Rule(_ALWAYS, BACK_OFF, charged=False, cost=2),
+    Kind.CONNECT_TIMEOUT: Rule(_ALWAYS, BACK_OFF, charged=False, cost=2),
+    Kind.LOCAL_RESOURCES: Rule(_ALWAYS, BACK_OFF, charged=False, cost=0),
+    Kind.STALE_CONNECTION: Rule(_ALWAYS, AT_ONCE, cost=2),
+    Kind.DISCONNECTED: Rule(_ALWAYS, BACK_OFF, cost=10),
+    Kind.TIMEOUT: Rule(3, BACK_OFF, cost=10),
+    Kind.TLS: Rule(2, BACK_OFF, cost=2),
+    Kind.PROTOCOL_ERROR: Rule(2, BACK_OFF),
+    Kind.MALFORMED_RESPONSE: Rule(2, BACK_OFF),
+    Kind.NOT_JSON: Rule(1, CAPACITY),
+    Kind.REDIRECT: Rule(2, BACK_OFF),
+    Kind.NOT_FOUND: Rule(2, BACK_OFF),
+    Kind.UNAUTHORIZED: Rule(_ALWAYS, CAPACITY, charged=False, cost=0),
+}
+"""Kinds that are not named here end their row at once. INVALID_OUTPUT's limit is the job's."""
+
+
+class Again(NamedTuple):
+    """The row is to be asked again after `wait` seconds; `cost` is drawn from the retry budget."""
+
+    wait: float
+    cost: float
+
+
+def decide(failure: Failure, tried: Mapping[Kind, int], max_attempts: int, max_invalid: int) -> Again | None:
+    """Whether a failed attempt's row is asked again. `tried` counts its failed attempts, this one among them."""
+    kind = failure.kind
+    rule = Rule(max_invalid, AT_ONCE) if kind is Kind.INVALID_OUTPUT else RULES.get(kind)
+    if rule is None or tried[kind] > rule.again:
+        return None
+    free_stale = 1 if Kind.STALE_CONNECTION in tried else 0
+    charged = sum(n for k, n in tried.items() if k not in RULES or RULES[k].charged) - free_stale
+    if charged >= max_attempts or sum(tried.values()) - charged > MAX_REQUEUES:
+        return None
+    if failure.retry_after is not None:
+        stated = min(failure.retry_after, 3600.0)
+        return Again(stated + random.uniform(0, min(5.0, stated / 10)), rule.cost)
+    state = cast(RetryCallState, SimpleNamespace(attempt_number=tried[kind]))
+    return Again(rule.wait(state), rule.cost)
+
+
+_ROWS_OWN = {"context_length_exceeded", "content_filter", "content_policy_violation", "string_above_max_length"}
+_REFUSALS = {Kind.REJECTED, Kind.FORBIDDEN, Kind.NOT_FOUND, Kind.MODEL_NOT_FOUND, Kind.NOT_SERVED}
+_HOPELESS = {Kind.CERTIFICATE, Kind.PROXY}
+_UNLESS_ANSWERED = {Kind.FORBIDDEN, Kind.NOT_FOUND, Kind.MODEL_NOT_FOUND, Kind.NOT_SERVED, Kind.REDIRECT}
+REFUSALS_AT_FIRST = 20
+REFUSALS_IN_A_ROW = 500
+PAGES_IN_A_ROW = 5
+UNAUTHORIZED_AT_FIRST = 3
+PROBES = (1.0, 10.0, 60.0)
+"""Seconds between probes once a key that worked is refused: keys rotate, and single nodes err."""
+
+
+class Guard:
+    """Tells when failures are not the rows' but the run's. Pure state: it is told outcomes and says what follows.
+
+    A service's refusal is `held` until some row is answered after it: were they all alike, none of these rows
+    is a failure.
+    """
+
+    def __init__(self, answered_before: bool) -> None:
+        self._answered = answered_before
+        self._streak: tuple[object, ...] = ()
+        self._length = 0
+        self._rows: set[int] = set()
+        self._refused_key = 0
+        self.key_paused_until = 0.0
+        """A key that worked was refused: nothing goes before this moment."""
+
+    def answered(self) -> None:
+        """A row was answered."""
+        self._answered = True
+        self._length = self._refused_key = 0
+        self._streak = ()
+        self._rows.clear()
+
+    def holds(self, failure: Failure) -> bool:
+        """Whether a row that ends with this failure must wait to be called failed."""
+        return failure.kind in _REFUSALS and failure.code not in _ROWS_OWN
+
+    def failed(self, failure: Failure, row: int, now: float) -> BatcherError | None:
+        """An attempt failed: what ends the run, if anything does."""
+        kind = failure.kind
+        if kind in _HOPELESS or (kind in _UNLESS_ANSWERED and not self._answered):
+            return ServiceError(_sentence(failure))
+        if kind is Kind.NO_CREDIT:
+            return PausedError(f"the account has no credit left: {failure.message}\nrun the same command again later")
+        if kind is Kind.DAY_QUOTA:
+            when = f" for {failure.retry_after / 3600:.1f} h" if failure.retry_after else ""
+            return PausedError(f"the day's quota is used up{when}: {failure.message}\nrun the same command again then")
+        if kind is Kind.UNAUTHORIZED:
+            return self._key_refused(failure, now)
+        streak = (kind, failure.code)
+        if streak != self._streak:
+            self._streak, self._length = streak, 0
+            self._rows.clear()
+        if kind in (Kind.NOT_JSON, Kind.TLS, Kind.REDIRECT):
+            self._rows.add(row)
+            if len(self._rows) >= PAGES_IN_A_ROW:
+                return PausedError(f"{_sentence(failure)}\nrun the same command again when that has been mended")
+        elif self.holds(failure):
+            self._length += 1
+            if self._length >= (REFUSALS_IN_A_ROW if self._answered else REFUSALS_AT_FIRST):
+                return ServiceError(
+                    f"{self._length} rows in a row were refused alike, so the run ends with them pending: "
+                    f"{_sentence(failure)}"
+                )
+        return None
+
+    def _key_refused(self, failure: Failure, now: float) -> ServiceError | None:
+        if self._answered and now < self.key_paused_until:
+            return None  # sent before the pause
+        self._refused_key += 1
+        if self._refused_key > (len(PROBES) if self._answered else UNAUTHORIZED_AT_FIRST - 1):
+            return ServiceError(_sentence(failure))
+        self.key_paused_until = now + (PROBES[self._refused_key - 1] if self._answered else 0)
+        return None
+
+
+def _sentence(failure: Failure) -> str:
+    status = f" ({failure.status})" if failure.status else ""
+    hints = {
+        Kind.UNAUTHORIZED: "; check the key and its variable",
+        Kind.MODEL_NOT_FOUND: "; check request.model",
+        Kind.NOT_FOUND: "; check service.base_url and request.model",
+        Kind.REDIRECT: "; put the address it names into service.base_url",
+        Kind.CERTIFICATE: "; check service.base_url and this machine's certificates",
+    }
+    return f"the service refuses{status}: {failure.message}{hints.get(failure.kind, '')}"

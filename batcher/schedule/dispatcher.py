@@ -1,0 +1,236 @@
+"""One dispatcher decides who goes next: pure state, told what happened and when; it never waits itself."""
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from batcher.records import Failure, Kind, Limit, Turn, Usage
+from batcher.schedule.capacity import Breaker, Window
+from batcher.schedule.quota import Bucket
+
+AUTO_START = 8
+AUTO_CEILING = 1024
+FIRST_OUTPUT_GUESS = 500.0
+"""Completion tokens to expect of a request without an output cap, until answers have told."""
+RETRY_BUDGET = 500.0
+"""Steady retries are bounded to a tenth of the answers: each draws about 5, each answer gives 0.5 back."""
+
+_CONGESTION = {Kind.OVERLOADED, Kind.UNAVAILABLE, Kind.DISCONNECTED, Kind.TIMEOUT, Kind.REQUEST_TIMEOUT}
+_UNREACHABLE = {Kind.CONNECTION, Kind.CONNECT_TIMEOUT, Kind.DNS}
+_BROKEN = {*_UNREACHABLE, Kind.UNAVAILABLE, Kind.SERVER_ERROR, Kind.DISCONNECTED, Kind.TIMEOUT, Kind.REQUEST_TIMEOUT}
+_ASKED_TO_WAIT = {Kind.RATE_LIMITED}
+_NOT_CONSUMED = {*_UNREACHABLE, Kind.RATE_LIMITED, Kind.OVERLOADED, Kind.DAY_QUOTA, Kind.LOCAL_RESOURCES}
+
+
+class Pace(NamedTuple):
+    """What the job says of its own speed; None and "auto" say nothing. Rates are per minute."""
+
+    max_in_flight: int | None = None
+    requests: float | None = None
+    tokens: float | None = None
+    uncached_tokens: float | None = None
+
+
+class Ticket(NamedTuple):
+    """The right to send one request, and what was charged for it."""
+
+    turn: Turn
+    sent: float
+    tokens: float
+    marks: tuple[float, float]
+    """What requests and tokens had been charged in all when it went: headers are read against it."""
+
+
+class Pressure(NamedTuple):
+    """What the dispatcher is doing, for people: counts, and the name of what binds."""
+
+    in_flight: int
+    window: int
+    fresh: int
+    retrying: int
+    binds: str
+
+
+class Dispatcher:
+    """Which request may go, and when. All times are monotonic seconds, passed in."""
+
+    def __init__(self, pace: Pace, ceiling: int, now: float) -> None:
+        """`ceiling` bounds the window whatever the job says: open files, workers."""
+        self.in_flight = 0
+        start = min(pace.max_in_flight or AUTO_START, ceiling)
+        self.window = Window(start, min(pace.max_in_flight or AUTO_CEILING, ceiling), now)
+        self.breaker = Breaker()
+        self._fresh: deque[Turn] = deque()
+        self._again: list[tuple[float, int, float, Turn]] = []
+        self._order = 0
+        self._retries = RETRY_BUDGET
+        self._retries_at = now
+        self._blocked_until = now
+        self._blocked_by = ""
+        self._own = [
+            (resource, Bucket(f"{resource.replace('_', ' ')} per minute", rate / 60, max(rate / 60, 1.0), now))
+            for resource in ("requests", "tokens", "uncached_tokens")
+            if (rate := getattr(pace, resource)) is not None
+        ]
+        self._theirs: dict[tuple[str, float], Bucket] = {}
+        self._spent = [0.0, 0.0]
+        self._prompt_ratio = 1.0
+        self._output_guess = FIRST_OUTPUT_GUESS
+        self._cached_share = 0.0
+        self._refusals = 0
+        self._binds = "input"
+
+    # What happens
+
+    def offer(self, turns: Sequence[Turn]) -> None:
+        """Rows that were never asked."""
+        self._fresh.extend(turns)
+
+    def again(self, turn: Turn, cost: float) -> None:
+        """A row that is to be asked again from `turn.ready` on; `cost` is drawn from the retry budget as it goes."""
+        self._order += 1
+        heapq.heappush(self._again, (turn.ready, self._order, cost, turn))
+
+    def take(self, now: float) -> Ticket | float | None:
+        """The next request with the right to send it; or the moment to ask again; or None: when something happened."""
+        if not self._fresh and not self._again:
+            self._binds = "input"
+            return None
+        if self.in_flight >= int(self.window.size):
+            self._binds = "in flight"
+            return None
+        until = max(self._blocked_until, self.breaker.ready(now))
+        if until > now:
+            self._binds = "outage" if self.breaker.open_since is not None else self._blocked_by
+            return until
+        retry = bool(self._again) and self._again[0][0] <= now and self._affords(self._again[0][2], now)
+        if not retry and not self._fresh:
+            ready, _, cost, _ = self._again[0]
+            self._binds = "retries"
+            return max(ready, now + max(0.0, cost - self._retries))
+        turn = self._again[0][3] if retry else self._fresh[0]
+        tokens = self._estimate(turn)
+        for resource, bucket in self._buckets():
+            at = bucket.ready(self._cost(resource, tokens), now)
+            if at > now:
+                self._binds = bucket.name
+                return at
+        if retry:
+            self._retries -= heapq.heappop(self._again)[2]
+        else:
+            self._fresh.popleft()
+        for resource, bucket in self._buckets():
+            bucket.charge(self._cost(resource, tokens))
+        self._spent[0] += 1
+        self._spent[1] += tokens
+        self.in_flight += 1
+        self.breaker.sent(now)
+        return Ticket(turn, now, tokens, (self._spent[0], self._spent[1]))
+
+    def answered(self, ticket: Ticket, usage: Usage, queue_time: float | None, now: float) -> None:
+        """A request was answered: settle what it used, let the window grow."""
+        self.window.answered(self.in_flight, queue_time, now)
+        self.in_flight -= 1
+        self._refusals = 0
+        self._retries = min(RETRY_BUDGET, self._retries + 0.5)
+        if self.breaker.observe(broken=False, unreachable=False, now=now):
+            self.window.restart(now)
+        prompt, completion = usage.prompt_tokens, usage.completion_tokens
+        if prompt is None or completion is None:
+            return
+        self._prompt_ratio += 0.05 * (prompt / ticket.turn.request.prompt_tokens - self._prompt_ratio)
+        self._output_guess += 0.05 * (completion - self._output_guess)
+        self._cached_share += 0.05 * ((usage.cached_tokens or 0) / max(1, prompt) - self._cached_share)
+        for resource, bucket in self._buckets():
+            if resource != "requests":
+                used = prompt + completion - (usage.cached_tokens or 0 if resource == "uncached_tokens" else 0)
+                bucket.charge(used - self._cost(resource, ticket.tokens))
+
+    def failed(self, ticket: Ticket, failure: Failure, now: float) -> None:
+        """A request failed: give back what it did not use, and slow down for all as the refusal asks."""
+        self.in_flight -= 1
+        kind = failure.kind
+        if kind in _CONGESTION:
+            self.window.congested(now)
+        elif kind is Kind.LOCAL_RESOURCES:
+            self.window.congested(now, 0.5)
+        if self.breaker.observe(kind in _BROKEN, kind in _UNREACHABLE, now):
+            self.window.restart(now)
+        if kind in _NOT_CONSUMED:
+            for resource, bucket in self._buckets():
+                bucket.charge(-self._cost(resource, ticket.tokens))
+        self.limits(failure.limits, ticket, now)
+        if kind in _ASKED_TO_WAIT:
+            self._refused(failure, now)
+        elif failure.retry_after is not None and kind in _CONGESTION:
+            self.pause(now + min(failure.retry_after, 3600.0), "the service's wait")
+
+    def limits(self, limits: Sequence[Limit], ticket: Ticket, now: float) -> None:
+        """What the service's headers say of its buckets, written for this ticket's request."""
+        for limit in limits:
+            if limit.limit is None or limit.remaining is None:
+                continue
+            bucket = self._their(limit, now)
+            used = self._spent[0 if limit.resource == "requests" else 1]
+            mark = ticket.marks[0 if limit.resource == "requests" else 1]
+            bucket.correct(limit, bucket.spent - (used - mark), now)
+
+    def pause(self, until: float, why: str) -> None:
+        """Nothing goes before `until`."""
+        if until > self._blocked_until:
+            self._blocked_until, self._blocked_by = until, why
+
+    # What is seen
+
+    @property
+    def waiting(self) -> int:
+        """Rows that were never sent yet."""
+        return len(self._fresh)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing is in flight."""
+        return not (self._fresh or self._again or self.in_flight)
+
+    def pressure(self) -> Pressure:
+        """The state in numbers and a word."""
+        return Pressure(self.in_flight, int(self.window.size), len(self._fresh), len(self._again), self._binds)
+
+    # How it is reckoned
+
+    def _refused(self, failure: Failure, now: float) -> None:
+        """A quota is used up: block what the refusal names, as long as it says; everything when it names nothing."""
+        self._refusals = min(self._refusals + 1, 10)
+        wait = failure.retry_after
+        if wait is None:
+            wait = min(30.0, 0.5 * 2**self._refusals)
+        named = [limit for limit in failure.limits if limit.remaining is None or limit.remaining <= 0]
+        for limit in named:
+            self._their(limit, now).block(now + min(limit.reset if limit.reset is not None else wait, 86400.0))
+        if not named:
+            self.pause(now + min(wait, 3600.0), "the service's wait")
+
+    def _their(self, limit: Limit, now: float) -> Bucket:
+        key = (limit.resource, limit.window)
+        if key not in self._theirs:
+            per = {1.0: "second", 60.0: "minute", 3600.0: "hour", 86400.0: "day"}.get(limit.window, "window")
+            self._theirs[key] = Bucket(f"{limit.resource} per {per}", None, limit.limit or 0.0, now)
+        return self._theirs[key]
+
+    def _buckets(self) -> list[tuple[str, Bucket]]:
+        return self._own + [(resource, bucket) for (resource, _), bucket in self._theirs.items()]
+
+    def _cost(self, resource: str, tokens: float) -> float:
+        if resource == "requests":
+            return 1.0
+        return tokens * (1 - self._cached_share) if resource == "uncached_tokens" else tokens
+
+    def _estimate(self, turn: Turn) -> float:
+        request = turn.request
+        return self._prompt_ratio * request.prompt_tokens + (request.output_tokens or self._output_guess)
+
+    def _affords(self, cost: float, now: float) -> bool:
+        self._retries = min(RETRY_BUDGET, self._retries + now - self._retries_at)
+        self._retries_at = now
+        return self._retries >= cost
