@@ -1,0 +1,565 @@
+"""Recorded answers -> Parquet parts, each written whole and put in place of its former self."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batcher.errors import StorageError
+from batcher.killpoint import killpoint
+from batcher.records import Answer, Attempt, Failure, FileRecord, Outcome, Totals, Usage
+
+ROW_GROUP_ROWS = 8192
+ROW_GROUP_BYTES = 16 << 20
+"""Whichever comes first ends a row group: it bounds the memory of publishing."""
+ALTERED = "__altered"
+"""The last column of kept batches: where the input's value could not be kept exactly."""
+
+_TIME = pa.timestamp("us", tz="UTC")
+_TOOL_CALLS = pa.list_(
+    pa.struct([("id", pa.string()), ("type", pa.string()), ("name", pa.string()), ("arguments", pa.string())])
+)
+_CHOICES = pa.list_(
+    pa.struct(
+        [
+            ("index", pa.int32()),
+            ("text", pa.string()),
+            ("reasoning", pa.string()),
+            ("finish_reason", pa.string()),
+            ("tool_calls", _TOOL_CALLS),
+        ]
+    )
+)
+_USAGE = Usage.__struct_fields__
+_TEXT = [("response", pa.string()), ("reasoning", pa.string())]
+_ANSWER: list[tuple[str, pa.DataType]] = [
+    ("finish_reason", pa.string()),
+    ("model", pa.string()),
+    ("system_fingerprint", pa.string()),
+    ("response_id", pa.string()),
+    ("service_tier", pa.string()),
+    ("service_tier_used", pa.string()),
+    ("prompt_cache_key", pa.string()),
+    *((name, pa.int64()) for name in _USAGE),
+    ("queue_time", pa.float64()),
+    ("prompt_time", pa.float64()),
+    ("completion_time", pa.float64()),
+    ("total_time", pa.float64()),
+    ("latency", pa.float64()),
+    ("time_to_first_token", pa.float64()),
+    ("waited", pa.float64()),
+]
+_PAID: list[tuple[str, pa.DataType]] = [
+    ("started_at", _TIME),
+    ("finished_at", _TIME),
+    ("attempts", pa.int32()),
+    ("billed_prompt_tokens", pa.int64()),
+    ("billed_completion_tokens", pa.int64()),
+    ("cost_usd", pa.float64()),
+    ("request_hash", pa.string()),
+]
+_FAILURE: list[tuple[str, pa.DataType]] = [
+    ("kind", pa.string()),
+    ("status", pa.int32()),
+    ("type", pa.string()),
+    ("code", pa.string()),
+    ("message", pa.string()),
+    *_PAID,
+    ("body", pa.binary()),
+]
+ATTEMPTS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("attempt", pa.int32()),
+        ("sent_at", _TIME),
+        ("tier", pa.string()),
+        ("status", pa.int32()),
+        ("kind", pa.string()),
+        ("waited", pa.float64()),
+        ("latency", pa.float64()),
+        ("queue_time", pa.float64()),
+        ("prompt_tokens", pa.int64()),
+        ("cached_tokens", pa.int64()),
+        ("completion_tokens", pa.int64()),
+        ("retry_after", pa.float64()),
+    ]
+)
+_REPETITIVE = [
+    *("finish_reason", "model", "system_fingerprint", "service_tier", "service_tier_used", "prompt_cache_key"),
+    *("kind", "type", "code", "status", "tier", "attempts", "attempt"),
+]
+_LONG = {"response", "reasoning", "raw", "body", "message", "request_hash", "response_id"}
+NAMES = {"row", "id", "parsed", "tool_calls", "choices", "altered", "raw", *(name for name, _ in _TEXT)} | {
+    name for name, _ in (*_ANSWER, *_FAILURE)
+}
+"""Every column name that is ours, now or in a later version of a job: kept columns give way to them."""
+
+
+class Parser(Protocol):
+    """Reads the typed value out of an answer's text; the job's schema implements it."""
+
+    arrow_type: pa.StructType
+
+    def read(self, text: str | None) -> Any:
+        """The typed value of an answer's text."""
+
+    def column(self, values: Sequence[Any]) -> tuple[pa.Array, list[int]]:
+        """Values as an Arrow array, and the indices of those that could not be held exactly."""
+
+
+class Shape(NamedTuple):
+    """What decides the columns, fixed when a run starts: `kept` has the input's types, `id` names the id's column."""
+
+    kept: pa.Schema
+    id: str | None
+    keep: tuple[str, ...]
+    parser: Parser | None
+    choices: bool
+    raw: bool
+
+    def input_columns(self) -> list[pa.Field]:
+        """`row`, `id` and the kept columns, as they stand in every part."""
+        identity = self.kept.field(self.id).type if self.id else pa.int64()
+        kept = [self.kept.field(name).with_name(f"input_{name}" if name in NAMES else name) for name in self.keep]
+        return [pa.field("row", pa.int64()), pa.field("id", identity), *kept]
+
+    def responses(self) -> pa.Schema:
+        """The columns of `responses`."""
+        parsed = [pa.field("parsed", self.parser.arrow_type)] if self.parser else []
+        choices = [pa.field("choices", _CHOICES)] if self.choices else []
+        raw = [pa.field("raw", pa.string())] if self.raw else []
+        named = [pa.field(name, kind) for name, kind in (*_ANSWER, *_PAID)]
+        text = [pa.field(name, kind) for name, kind in _TEXT]
+        return pa.schema(
+            [
+                *self.input_columns(),
+                *(text[:1] + parsed + text[1:] + choices + named),
+                pa.field("altered", pa.bool_()),
+                *raw,
+            ]
+        )
+
+    def failures(self) -> pa.Schema:
+        """The columns of `failures`."""
+        return pa.schema([*self.input_columns(), *(pa.field(name, kind) for name, kind in _FAILURE)])
+
+
+class Sink:
+    """The output's folders of parts. Raises StorageError."""
+
+    def __init__(
+        self,
+        folder: Path,
+        shape: Shape,
+        read: Callable[[Attempt], Answer | Failure],
+        cost: Callable[[str, int, int, int], float | None],
+    ) -> None:
+        """`read` looks into an attempt's raw answer; `cost` prices prompt, cached and completion tokens of a model."""
+        self.folder = folder
+        self._shape = shape
+        self._read = read
+        self._cost = cost
+        self._schemas = {"responses": shape.responses(), "failures": shape.failures(), "attempts": ATTEMPTS}
+        self._workshop = folder / ".publishing"
+
+    def prepare(self) -> None:
+        """Make the folders and clear away what a killed run was building."""
+        try:
+            for name in (*self._schemas, ".publishing"):
+                (self.folder / name).mkdir(exist_ok=True)
+            for leftover in self._workshop.iterdir():
+                leftover.unlink()
+            _sync_folder(self.folder)
+        except OSError as error:
+            raise StorageError(f"{self.folder}: {error.strerror}") from None
+
+    def finish(self) -> None:
+        """Clear the workshop away."""
+        self._workshop.rmdir()
+
+    def publish(
+        self,
+        part: int,
+        rows: range,
+        attempts: Iterator[Attempt],
+        kept: Iterator[pa.RecordBatch],
+        former: Sequence[str] = (),
+    ) -> tuple[Totals, tuple[FileRecord, ...]]:
+        """Write part N from the attempts of its rows and the names in `former`, files of its that were complete once.
+
+        `kept` are the input's columns over `rows`. Returns the part's sums and its files.
+        """
+        try:
+            return self._publish(part, rows, attempts, kept, former)
+        except (OSError, pa.ArrowInvalid) as error:
+            for name in self._schemas:
+                (self._workshop / f"{name}-{part:06d}").unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                why = error.strerror or str(error)
+                raise StorageError(f"{self.folder}: part {part} cannot be written: {why}; run again") from None
+            raise
+
+    def _publish(
+        self,
+        part: int,
+        rows: range,
+        attempts: Iterator[Attempt],
+        kept: Iterator[pa.RecordBatch],
+        former: Sequence[str],
+    ) -> tuple[Totals, tuple[FileRecord, ...]]:
+        totals = Totals()
+        input_rows = _Ahead(kept)
+        old = {name: _Ahead(self._former(name, part, former)) for name in self._schemas}
+        writers: dict[str, pq.ParquetWriter] = {}
+        counts = dict.fromkeys(self._schemas, 0)
+        for _start, stop, tables in self._row_groups(rows, attempts, input_rows):
+            for name, table in tables.items():
+                merged = self._merge(name, old[name].until(stop), table, tables)
+                if not merged.num_rows and (name != "responses" or name in writers):
+                    continue
+                if name not in writers:
+                    writers[name] = self._writer(name, part)
+                writers[name].write_table(merged)
+                counts[name] += merged.num_rows
+                _count(totals, name, merged)
+        for writer in writers.values():
+            writer.close()
+        files = tuple(self._place(name, part, counts[name]) for name in writers)
+        for name in self._schemas.keys() - writers.keys():
+            (self.folder / _file(name, part)).unlink(missing_ok=True)
+        return totals, files
+
+    def _row_groups(
+        self, rows: range, attempts: Iterator[Attempt], input_rows: "_Ahead"
+    ) -> Iterator[tuple[int, int, dict[str, pa.Table]]]:
+        """The part's new rows as tables, in row groups [start, stop) bounded by rows and bytes."""
+        start = rows.start
+        group = _Group()
+        for row, tried in groupby(attempts, key=attrgetter("row")):
+            if group.bytes >= ROW_GROUP_BYTES or row - start >= ROW_GROUP_ROWS:
+                yield start, row, self._tables(group, start, input_rows.rows(row - start))
+                start, group = row, _Group()
+            self._add(group, row, list(tried))
+        yield start, rows.stop, self._tables(group, start, input_rows.rows(rows.stop - start))
+
+    def _add(self, group: "_Group", row: int, tried: list[Attempt]) -> None:
+        """Sort one row's attempts into its group."""
+        billed_prompt = billed_completion = 0
+        cost: float | None = 0.0
+        answer: Answer | Failure | None = None
+        for attempt in tried:
+            body = attempt.body
+            answer = self._read(attempt) if body is not None and attempt.status == 200 else None
+            told = answer.usage if isinstance(answer, Answer) else None
+            if attempt.attempt:
+                usage = told or _UNKNOWN
+                group.attempts.append(
+                    (
+                        row,
+                        attempt.attempt,
+                        attempt.sent_at,
+                        None,
+                        attempt.status,
+                        attempt.kind,
+                        attempt.waited,
+                        attempt.latency,
+                        answer.times.queue_time if isinstance(answer, Answer) else None,
+                        usage.prompt_tokens,
+                        usage.cached_tokens,
+                        usage.completion_tokens,
+                        attempt.retry_after,
+                    )
+                )
+            if told is not None:
+                prompt, completion = told.prompt_tokens or 0, told.completion_tokens or 0
+            elif attempt.paid:
+                # It may be on the bill, and nobody said with how much: the most it can be.
+                prompt, completion = attempt.prompt_tokens, attempt.output_tokens
+            else:
+                continue
+            billed_prompt += prompt
+            billed_completion += completion
+            price = self._cost(attempt.model, prompt, (told and told.cached_tokens) or 0, completion)
+            cost = None if cost is None or price is None else cost + price
+        last = tried[-1]
+        group.bytes += len(last.body or b"") + 600
+        paid = (
+            tried[0].sent_at,
+            last.sent_at + int(last.latency * 1e6),
+            last.attempt,
+            billed_prompt,
+            billed_completion,
+            cost,
+            last.request_hash.hex(),
+        )
+        if last.outcome is Outcome.ANSWERED:
+            assert isinstance(answer, Answer)
+            first = answer.choices[0]
+            group.answered.append(row)
+            group.answers.append(answer)
+            group.bodies.append(last.body)
+            group.responses.append(
+                (
+                    first.text,
+                    first.reasoning,
+                    first.finish_reason,
+                    answer.model,
+                    answer.system_fingerprint,
+                    answer.id,
+                    answer.service_tier,
+                    answer.service_tier_used,
+                    last.cache_key,
+                    *[getattr(answer.usage, name) for name in _USAGE],
+                    *answer.times,
+                    last.latency,
+                    last.time_to_first_token,
+                    last.waited,
+                    *paid,
+                )
+            )
+        elif last.outcome is Outcome.FAILED:
+            group.failed.append(row)
+            group.failures.append((last.kind, last.status, last.type, last.code, last.message, *paid, last.body))
+
+    def _tables(self, group: "_Group", start: int, kept: pa.Table) -> dict[str, pa.Table]:
+        """One group's tables, with the input's columns beside the answers."""
+        altered: set[int] = set()
+        columns = _columns(group.responses, [*_TEXT, *_ANSWER, *_PAID], altered)
+        response, reasoning, *others = columns
+        parsed: list[pa.Array] = []
+        if self._shape.parser is not None:
+            column, changed = self._shape.parser.column(
+                [self._shape.parser.read(answer.choices[0].text) for answer in group.answers]
+            )
+            parsed = [column]
+            altered.update(changed)
+        choices = [_choices(group.answers, altered)] if self._shape.choices else []
+        beside = self._beside(kept, group.answered, start)
+        changed_input = beside.pop().to_pylist()
+        flags = pa.array([index in altered or changed_input[index] for index in range(len(group.answered))], pa.bool_())
+        raw = [pa.array([_text(body) for body in group.bodies], pa.string())] if self._shape.raw else []
+        responses = pa.Table.from_arrays(
+            [*beside, response, *parsed, reasoning, *choices, *others, flags, *raw], schema=self._schemas["responses"]
+        )
+        beside = self._beside(kept, group.failed, start)[:-1]
+        failures = pa.Table.from_arrays(
+            [*beside, *_columns(group.failures, _FAILURE, set())], schema=self._schemas["failures"]
+        )
+        named = [(field.name, field.type) for field in ATTEMPTS]
+        attempts = pa.Table.from_arrays(_columns(group.attempts, named, set()), schema=ATTEMPTS)
+        return {"responses": responses, "failures": failures, "attempts": attempts}
+
+    def _beside(self, kept: pa.Table, rows: list[int], start: int) -> list[Any]:
+        """`row`, `id`, the kept columns and the flag of what was altered, for these rows."""
+        positions = pa.array(rows, pa.int64())
+        chosen = kept if len(rows) == kept.num_rows else kept.take(pc.subtract(positions, start))
+        identity = chosen.column(self._shape.id) if self._shape.id else positions
+        return [positions, identity, *(chosen.column(name) for name in self._shape.keep), chosen.column(ALTERED)]
+
+    def _merge(self, name: str, old: pa.Table | None, new: pa.Table, tables: dict[str, pa.Table]) -> pa.Table:
+        """New rows and those of the former self that they do not replace."""
+        if old is None or not old.num_rows:
+            return new
+        if name == "attempts":
+            tried = {(row, attempt) for row, attempt in _pairs(new)}
+            old = old.filter(pa.array([pair not in tried for pair in _pairs(old)], pa.bool_()))
+        else:
+            ended = pa.concat_arrays([c for kind in ("responses", "failures") for c in tables[kind]["row"].chunks])
+            old = old.filter(pc.invert(pc.is_in(old["row"], value_set=ended)))
+        order = [("row", "ascending"), ("attempt", "ascending")]
+        return pa.concat_tables([old, new]).sort_by(order if name == "attempts" else order[:1])
+
+    def _former(self, name: str, part: int, former: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        if _file(name, part) in former:
+            with pq.ParquetFile(self.folder / _file(name, part), pre_buffer=False) as file:
+                yield from file.iter_batches(batch_size=ROW_GROUP_ROWS)
+
+    def _writer(self, name: str, part: int) -> pq.ParquetWriter:
+        schema = self._schemas[name]
+        return pq.ParquetWriter(
+            self._workshop / f"{name}-{part:06d}",
+            schema,
+            compression="zstd",
+            use_dictionary=[column for column in schema.names if column in _REPETITIVE],
+            write_statistics=[column for column in schema.names if column not in _LONG],
+            write_page_checksum=True,
+        )
+
+    def _place(self, name: str, part: int, rows: int) -> FileRecord:
+        """Sync a finished file, move it to its name, sync the folder."""
+        made, target = self._workshop / f"{name}-{part:06d}", self.folder / _file(name, part)
+        killpoint(f"{name}.written")
+        with made.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()
+            os.fsync(file.fileno())
+        killpoint(f"{name}.synced")
+        os.replace(made, target)
+        killpoint(f"{name}.renamed")
+        _sync_folder(target.parent)
+        killpoint(f"{name}.placed")
+        return FileRecord(_file(name, part), rows, size, digest)
+
+
+class _Group:
+    """One row group in the making: columns as tuples per row."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.answered: list[int] = []
+        self.answers: list[Answer] = []
+        self.bodies: list[bytes | None] = []
+        self.responses: list[tuple[object, ...]] = []
+        self.failed: list[int] = []
+        self.failures: list[tuple[object, ...]] = []
+        self.attempts: list[tuple[object, ...]] = []
+
+
+class _Ahead:
+    """Batches read no further than asked."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
+        self._batches = batches
+        self._rest: pa.Table | None = None
+
+    def rows(self, count: int) -> pa.Table:
+        """The next `count` rows."""
+        while self._rest is None or self._rest.num_rows < count:
+            batch = next(self._batches, None)
+            if batch is None:
+                break
+            table = pa.Table.from_batches([batch])
+            self._rest = table if self._rest is None else pa.concat_tables([self._rest, table])
+        if self._rest is None:
+            return pa.table({ALTERED: pa.array([], pa.bool_())})
+        taken, self._rest = self._rest.slice(0, count), self._rest.slice(count)
+        return taken
+
+    def until(self, row: int) -> pa.Table | None:
+        """The following rows whose `row` is below this one."""
+        while (batch := next(self._batches, None)) is not None:
+            table = pa.Table.from_batches([batch])
+            self._rest = table if self._rest is None else pa.concat_tables([self._rest, table])
+            if batch.column("row")[-1].as_py() >= row:
+                break
+        if self._rest is None:
+            return None
+        count = pc.sum(pc.less(self._rest.column("row"), row)).as_py() or 0
+        taken, self._rest = self._rest.slice(0, count), self._rest.slice(count)
+        return taken
+
+
+_UNKNOWN = Usage()
+
+
+def _pairs(attempts: pa.Table) -> Iterator[tuple[int, int]]:
+    return zip(attempts["row"].to_pylist(), attempts["attempt"].to_pylist(), strict=True)
+
+
+def _file(name: str, part: int) -> str:
+    return f"{name}/part-{part:06d}.parquet"
+
+
+def _columns(
+    rows: list[tuple[object, ...]], named: Sequence[tuple[str, pa.DataType]], altered: set[int]
+) -> list[pa.Array]:
+    """Rows turned into typed columns; where a text cannot be held it is cleaned, and its row's index noted."""
+    if not rows:
+        return [pa.array([], kind) for _, kind in named]
+    made = []
+    for values, (_, kind) in zip(zip(*rows, strict=True), named, strict=True):
+        try:
+            made.append(pa.array(values, kind))
+        except (UnicodeEncodeError, pa.ArrowInvalid, OverflowError):
+            cleaned = [_clean(value, kind) for value in values]
+            altered.update(index for index, value in enumerate(values) if cleaned[index] != value)
+            made.append(pa.array(cleaned, kind))
+    return made
+
+
+def _clean(value: object, kind: pa.DataType) -> object:
+    """A value that Arrow can hold in this type."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode() if max(value, default="") >= "\ud800" else value
+    try:
+        pa.array([value], kind)
+    except (pa.ArrowInvalid, OverflowError, UnicodeEncodeError):
+        return None
+    return value
+
+
+def _choices(answers: Iterable[Answer], altered: set[int]) -> pa.Array:
+    def plain(text: str | None, index: int) -> str | None:
+        cleaned = text if text is None else text.encode("utf-8", "replace").decode()
+        if cleaned != text:
+            altered.add(index)
+        return cleaned
+
+    values = [
+        [
+            {
+                "index": choice.index,
+                "text": plain(choice.text, row),
+                "reasoning": plain(choice.reasoning, row),
+                "finish_reason": choice.finish_reason,
+                "tool_calls": [
+                    {"id": c.id, "type": c.type, "name": c.name, "arguments": plain(c.arguments, row)}
+                    for c in choice.tool_calls
+                ]
+                if choice.tool_calls is not None
+                else None,
+            }
+            for choice in answer.choices
+        ]
+        for row, answer in enumerate(answers)
+    ]
+    return pa.array(values, _CHOICES)
+
+
+def _text(body: bytes | None) -> str | None:
+    return None if body is None else body.decode("utf-8", "replace")
+
+
+def _count(totals: Totals, name: str, table: pa.Table) -> None:
+    """Add a table's sums: the summary is what a recount of the folders would give."""
+
+    def total(column: str) -> Any:
+        return pc.sum(table.column(column)).as_py()
+
+    def counts(column: str) -> dict[str, int]:
+        return {pair["values"] or "": pair["counts"] for pair in pc.value_counts(table.column(column)).to_pylist()}
+
+    if name == "attempts":
+        totals.attempts += table.num_rows
+        return
+    totals.rows += table.num_rows
+    part = Totals(
+        billed_prompt_tokens=total("billed_prompt_tokens") or 0,
+        billed_completion_tokens=total("billed_completion_tokens") or 0,
+        cost_usd=total("cost_usd"),
+    )
+    if name == "responses":
+        part.answered = table.num_rows
+        for column in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "latency"):
+            setattr(part, column, total(column) or 0)
+        part.altered = total("altered") or 0
+        part.finish_reasons = counts("finish_reason")
+    else:
+        part.failed = table.num_rows
+        part.failure_kinds = counts("kind")
+    totals.add(part)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
