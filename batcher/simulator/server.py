@@ -1,0 +1,164 @@
+"""The simulated service over HTTP: it does on real sockets what the model decides."""
+
+import asyncio
+import os
+import signal
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from hashlib import sha256
+from importlib.util import find_spec
+
+import anyio
+from aiohttp import web
+from anyio.from_thread import start_blocking_portal
+from msgspec import Struct
+
+from batcher.errors import JobError
+from batcher.simulator.model import Answer, Service, Settings
+
+_BACKLOG = 4096  # connections that may wait to be accepted: a client opens thousands at once
+_SHUTDOWN = 1.0  # seconds for requests in flight to notice that their connection is closed
+_LOOP = {"use_uvloop": find_spec("uvloop") is not None}
+_AT_ONCE = struct.pack("ii", 1, 0)  # SO_LINGER of no time: closing resets the connection
+
+
+class Entry(Struct, frozen=True):
+    """One request as the service saw it; times are seconds of the monotonic clock."""
+
+    path: str
+    body_sha256: str
+    arrived: float
+    answered_at: float | None  # when its last byte was handed to the network; None: it did not leave whole
+    status: int | None  # None: no answer began
+    fault: str | None  # what the simulator did to it on purpose
+    prompt: str  # the last user message, or the first prompt
+    content: str | None  # the text of the first choice, where a client could read it
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Simulator:
+    """A service that is being simulated: where it is, and what it sees."""
+
+    def __init__(self, settings: Settings, record: bool) -> None:
+        self.url = ""  # to be used as a base URL
+        self.book: list[Entry] = []  # in the order of the answers; empty unless recorded
+        self.in_flight = 0
+        self.peak_in_flight = 0
+        self._service = Service(settings, epoch=time.time() - time.monotonic())
+        self._record = record
+
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """One request, from its body to its answer or to the fault in its place."""
+        body = await request.content.read()
+        arrived = time.monotonic()
+        authorization = request.headers.get("Authorization")
+        answer = self._service.receive(request.method, request.path, authorization, body, arrived)
+        self.in_flight += 1
+        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+        status = answered_at = None
+        try:
+            try:
+                if answer.delay:
+                    await asyncio.sleep(answer.delay)
+            finally:  # a client that has given up has had its answer made all the same
+                headers = self._service.settle(answer, time.monotonic())
+            status = answer.status or None
+            response = await _send(answer, headers, request)
+            if answer.whole:
+                answered_at = time.monotonic()
+            return response
+        finally:
+            self.in_flight -= 1
+            if self._record:
+                self.book.append(
+                    Entry(
+                        path=request.path,
+                        body_sha256=sha256(body).hexdigest(),
+                        arrived=arrived,
+                        answered_at=answered_at,
+                        status=status,
+                        fault=answer.fault,
+                        prompt=answer.prompt,
+                        content=answer.content,
+                        prompt_tokens=answer.prompt_tokens,
+                        completion_tokens=answer.completion_tokens,
+                    )
+                )
+
+
+async def _send(answer: Answer, headers: dict[str, str], request: web.BaseRequest) -> web.StreamResponse:
+    """Hand the answer to the network, whole or as far as its fault lets it go."""
+    transport = request.transport
+    if answer.status == 0:
+        if transport is not None:
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+            transport.abort()
+        return web.Response()
+    headers["Content-Type"] = answer.content_type
+    if answer.ends_after is None:
+        response = web.Response(status=answer.status, body=answer.body, headers=headers)
+        await response.prepare(request)
+        await response.write_eof()
+        return response
+    headers["Content-Length"] = str(len(answer.body))
+    begun = web.StreamResponse(status=answer.status, headers=headers)
+    await begun.prepare(request)
+    await begun.write(answer.body[: answer.ends_after])
+    if transport is not None:
+        transport.close()
+    return begun
+
+
+@asynccontextmanager
+async def serve(
+    settings: Settings | None = None, *, host: str = "127.0.0.1", port: int = 0, record: bool = False
+) -> AsyncIterator[Simulator]:
+    """Serve the simulation in this event loop; port 0 takes a free one, `record` keeps the book.
+
+    Raises JobError when the address cannot be used.
+    """
+    service = Simulator(settings or Settings(), record)
+    server = web.Server(service.answer, handler_cancellation=True, access_log=None, auto_decompress=False)
+    runner = web.ServerRunner(server, shutdown_timeout=_SHUTDOWN)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port, backlog=_BACKLOG)
+        try:
+            await site.start()
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+            raise JobError(f"cannot listen on {host}:{port}: {reason}; choose another port") from None
+        service.url = f"{site.name}/v1"
+        yield service
+    finally:
+        for connection in server.connections:
+            connection.force_close()
+        await runner.cleanup()
+
+
+@contextmanager
+def running(
+    settings: Settings | None = None, *, host: str = "127.0.0.1", port: int = 0, record: bool = False
+) -> Iterator[Simulator]:
+    """The same on a thread and an event loop of its own, for callers that block or whose loop is busy."""
+    with (
+        start_blocking_portal(backend_options=_LOOP) as portal,
+        portal.wrap_async_context_manager(serve(settings, host=host, port=port, record=record)) as service,
+    ):
+        yield service
+
+
+def run(settings: Settings, host: str, port: int, started: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM; `started` is told the URL. Raises JobError when the address cannot be used."""
+
+    async def live() -> None:
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async with serve(settings, host=host, port=port) as service:
+                started(service.url)
+                await anext(signals)
+
+    anyio.run(live, backend_options=_LOOP)
