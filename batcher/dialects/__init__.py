@@ -1,0 +1,63 @@
+"""How one service speaks: what its answers, its refusals and its headers mean."""
+
+from collections.abc import Mapping
+from typing import Final, Protocol
+from urllib.parse import urlsplit
+
+from batcher.dialects import cerebras, openai
+from batcher.dialects.prices import PRICES_AS_OF, cost
+from batcher.records import Answer, Failure, Limit, Price, Reply
+
+__all__ = ["PRICES_AS_OF", "Dialect", "at_home", "cost", "named", "of_url"]
+
+
+class Dialect(Protocol):
+    """What the engine must know of a service. Each module of this package that has these names is one."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the job file."""
+
+    @property
+    def api_key_env(self) -> str:
+        """The environment variable that holds the key, unless the job names another."""
+
+    @property
+    def home(self) -> tuple[str, ...]:
+        """The domains that this key may be sent to."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Headers that go with every request."""
+
+    @property
+    def prices(self) -> Mapping[str, Price]:
+        """List prices by model, as of `PRICES_AS_OF`."""
+
+    def read(self, reply: Reply) -> Answer | Failure:
+        """The meaning of a reply with status 200. Never raises."""
+
+    def refusal(self, reply: Reply) -> Failure:
+        """The meaning of a reply with any other status. Never raises."""
+
+    def limits(self, headers: Mapping[str, str]) -> tuple[Limit, ...]:
+        """What a reply's headers say of the rate limits. Never raises."""
+
+
+_DIALECTS: Final[Mapping[str, Dialect]] = {openai.name: openai, cerebras.name: cerebras}
+
+
+def named(name: str) -> Dialect:
+    """The dialect of that name; KeyError when there is none."""
+    return _DIALECTS[name]
+
+
+def at_home(dialect: Dialect, url: str) -> bool:
+    """Whether the host of `url` is the dialect's own, or below it."""
+    host = (urlsplit(url).hostname or "").rstrip(".")
+    return any(host == domain or host.endswith(f".{domain}") for domain in dialect.home)
+
+
+def of_url(url: str) -> str:
+    """The name of the dialect spoken at `url`: its own host's, else the common one."""
+    return next((dialect.name for dialect in _DIALECTS.values() if at_home(dialect, url)), openai.name)
