@@ -1,0 +1,65 @@
+"""One request per input row, one typed Parquet row per answer, nothing lost.
+
+The rooms, in the order that a row passes them: `job` (what is to be done), `source` (input files to rows), `prompt`
+(row to request), `schedule` (when it may go), `transport` (the request over HTTP) with `dialects` (how a service
+speaks), `parse` (an answer's text to a typed value), `retry` (again, and when), `ledger` (what is recorded), `sink`
+(recorded answers to Parquet), `report` (what a person wants to know). `engine` joins them.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+import pyarrow as pa
+
+from batcher import engine, errors, simulator
+from batcher.job import SIMULATOR, Job, load
+from batcher.records import Snapshot, Summary
+
+__all__ = ["Job", "Result", "Snapshot", "Summary", "arun", "errors", "load", "run"]
+
+
+class Result:
+    """What a finished run left: its summary, and its rows as Arrow tables."""
+
+    def __init__(self, output: Path, summary: Summary) -> None:
+        self.output = output
+        self.summary = summary
+
+    def __repr__(self) -> str:
+        totals = self.summary.totals
+        return f"Result({str(self.output)!r}, answered={totals.answered}, failed={totals.failed})"
+
+    def table(self) -> pa.Table:
+        """The answered rows, in the input's order."""
+        return self._read("responses")
+
+    def failures(self) -> pa.Table:
+        """The rows that ended without an answer; an empty table without columns when there are none."""
+        return self._read("failures")
+
+    def _read(self, name: str) -> pa.Table:
+        from pyarrow import dataset  # brings half a second of start-up with it, which a run need not pay
+
+        return dataset.dataset(self.output / name, format="parquet").to_table()
+
+
+async def arun(job: Job, *, watch: Callable[[Snapshot], None] | None = None) -> Result:
+    """Run or resume a job on this event loop; cancelling it keeps all that is recorded. Raises batcher.errors."""
+    return await _arun(job, watch, signals=False)
+
+
+def run(job: Job, *, watch: Callable[[Snapshot], None] | None = None) -> Result:
+    """Run or resume a job; the first Ctrl-C lets requests in flight end, the second stops. Raises batcher.errors."""
+    fast = importlib.util.find_spec("uvloop") is not None
+    return anyio.run(_arun, job, watch, True, backend_options={"use_uvloop": fast})
+
+
+async def _arun(job: Job, watch: Callable[[Snapshot], None] | None, signals: bool) -> Result:
+    if job.service.base_url == SIMULATOR:
+        with simulator.running(simulator.Settings()) as service:
+            summary = await engine.run(job, base_url=service.url, watch=watch, signals=signals)
+    else:
+        summary = await engine.run(job, watch=watch, signals=signals)
+    return Result(job.output_folder, summary)

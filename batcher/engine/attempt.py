@@ -1,0 +1,177 @@
+"""One attempt: send a request, keep what came, decide what follows. A row's life is one of these, or several."""
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+
+from batcher.engine.counts import Counts
+from batcher.engine.prepared import Prepared
+from batcher.engine.turns import Turns
+from batcher.errors import BatcherError
+from batcher.ledger import Ledger
+from batcher.parse import Misfit
+from batcher.records import Answer, Attempt, Failure, Kind, Outcome, Reply, Timing, Turn
+from batcher.retry import Guard, decide
+from batcher.schedule import Dispatcher, Ticket
+from batcher.transport import Transport
+
+BACKLOG_BYTES = 64 << 20
+"""Answers that may wait for a slow disk before sending waits for it."""
+HEADERS_EVERY = 0.1
+"""Seconds between looks at the service's limits: they change slowly, and reading them costs a row 20 µs."""
+
+
+class Attempts:
+    """The attempt, and the rooms it passes through. `end` is told what ends the run."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        transport: Transport,
+        dispatcher: Dispatcher,
+        turns: Turns,
+        ledger: Ledger,
+        guard: Guard,
+        counts: Counts,
+        end: Callable[[BatcherError], None],
+    ) -> None:
+        self._prepared = prepared
+        self._transport = transport
+        self._dispatcher = dispatcher
+        self._turns = turns
+        self._ledger = ledger
+        self._guard = guard
+        self._counts = counts
+        self._end = end
+        self._now = asyncio.get_running_loop().time
+        self._headers_read = 0.0
+        self._held: list[Attempt] = []
+        """Refused rows that are failures only if another row is answered."""
+        self.disk = asyncio.Event()
+        """Set whenever answers became durable, or nothing will be sent any more."""
+        self.revised: set[int] = set()
+        """Rows whose attempt was recorded a second time: their turn was given back with the first."""
+
+    async def work(self) -> None:
+        """One of the run's workers: attempt after attempt until nothing more is to be sent."""
+        while (ticket := await self._turns.take()) is not None:
+            await self.attempt(ticket)
+            while self._ledger.backlog > BACKLOG_BYTES and not self._turns.closed:
+                self.disk.clear()
+                await self.disk.wait()
+
+    async def attempt(self, ticket: Ticket) -> None:
+        """Send one request, keep what came of it, decide. The turn is given back when the disk has it."""
+        result = await self._transport.send(ticket.turn.request)
+        attempt = _recorded(ticket, result)
+        self._ledger.record(attempt)  # on its way to the disk before anything looks into it
+        outcome = self.judge(result)
+        if isinstance(outcome, Answer):
+            self._answered(ticket, attempt, outcome)
+            self._heed_headers(ticket, result)
+        else:
+            self._failed(ticket, attempt, outcome)
+        if 2 * self._ledger.gathered >= self._dispatcher.in_flight:
+            self._ledger.hand_over()  # half of the window waits for the disk: the other half keeps the service busy
+
+    def judge(self, result: Reply | Failure) -> Answer | Failure:
+        """What came: an answer that fits, or why it is none."""
+        if isinstance(result, Failure):
+            return result
+        answer = self._prepared.dialect.read(result)
+        if isinstance(answer, Failure) or self._prepared.parser is None:
+            return answer
+        first = answer.choices[0]
+        value = self._prepared.parser.read(first.text)
+        if not isinstance(value, Misfit):
+            return answer
+        cut = " (the answer was cut off at its token limit)" if first.finish_reason == "length" else ""
+        return Failure(Kind.INVALID_OUTPUT, value.message + cut, result.timing, result.status, paid=True)
+
+    def decide_late(self, attempt: Attempt) -> None:
+        """Decide what a run that died had recorded and not decided."""
+        judged = self.judge(reply(attempt)) if attempt.status == 200 else None
+        if isinstance(judged, Answer):
+            attempt.outcome = Outcome.ANSWERED
+        else:
+            attempt.outcome = Outcome.AGAIN
+            attempt.kind = judged.kind if judged else None
+        self._ledger.record(attempt)
+
+    def release_held(self) -> None:
+        """Rows that were refused are failures after all: others are answered."""
+        for attempt in self._held:
+            self.revised.add(attempt.row)
+            self._ledger.record(msgspec.structs.replace(attempt, outcome=Outcome.FAILED))
+        self._held.clear()
+
+    def _answered(self, ticket: Ticket, attempt: Attempt, answer: Answer) -> None:
+        attempt.outcome = Outcome.ANSWERED
+        usage = answer.usage
+        self._dispatcher.answered(ticket, usage, answer.times.queue_time, self._now())
+        self._guard.answered()
+        if self._held:
+            self.release_held()
+        prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
+        price = self._prepared.price(attempt.model, prompt, usage.cached_tokens or 0, completion)
+        self._counts.answered(prompt, completion, price)
+
+    def _failed(self, ticket: Ticket, attempt: Attempt, failure: Failure) -> None:
+        attempt.outcome = Outcome.AGAIN
+        attempt.kind, attempt.status = failure.kind, failure.status
+        attempt.type, attempt.code, attempt.message = failure.type, failure.code, failure.message
+        attempt.retry_after, attempt.paid = failure.retry_after, failure.paid
+        self._counts.last_failure = failure.message
+        now = self._now()
+        self._dispatcher.failed(ticket, failure, now)
+        if ended := self._guard.failed(failure, attempt.row, now):
+            self._end(ended)
+            return
+        self._dispatcher.pause(self._guard.key_paused_until, "the key")
+        turn, settings = ticket.turn, self._prepared.job.retry
+        tried = dict(turn.tried or {})
+        tried[failure.kind] = tried.get(failure.kind, 0) + 1
+        again = decide(failure, tried, settings.max_attempts, settings.max_invalid)
+        if again is not None:
+            self._dispatcher.again(Turn(turn.request, now + again.wait, turn.attempt + 1, tried), again.cost)
+            self._turns.wake()
+        elif self._guard.holds(failure):
+            self._held.append(attempt)
+        else:
+            attempt.outcome = Outcome.FAILED
+
+    def _heed_headers(self, ticket: Ticket, result: Reply | Failure) -> None:
+        now = self._now()
+        if isinstance(result, Reply) and now - self._headers_read >= HEADERS_EVERY:
+            self._headers_read = now
+            self._dispatcher.limits(self._prepared.dialect.limits(result.headers), ticket, now)
+
+
+def _recorded(ticket: Ticket, result: Reply | Failure) -> Attempt:
+    """The line of the ledger for what came, before anybody has looked into it."""
+    turn = ticket.turn
+    request, timing = turn.request, result.timing or Timing(0, 0.0)
+    return Attempt(
+        unit=request.unit,
+        row=request.row,
+        attempt=turn.attempt,
+        outcome=None,
+        sent_at=timing.sent_at,
+        waited=ticket.sent - turn.ready,
+        latency=timing.latency,
+        time_to_first_token=timing.time_to_first_token,
+        prompt_tokens=request.prompt_tokens,
+        output_tokens=request.output_tokens,
+        request_hash=request.hash,
+        model=request.model,
+        cache_key=request.cache_key,
+        body=result.body,
+        status=result.status,
+    )
+
+
+def reply(attempt: Attempt) -> Reply:
+    """A recorded answer as it came."""
+    timing = Timing(attempt.sent_at, attempt.latency, attempt.time_to_first_token)
+    return Reply(attempt.status or 200, {}, attempt.body or b"", timing)

@@ -1,0 +1,141 @@
+"""A job opened and checked: what has to be in order before anything is sent."""
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import msgspec
+import pyarrow as pa
+
+from batcher import dialects
+from batcher.dialects import Dialect
+from batcher.dialects.prices import cost
+from batcher.errors import JobError
+from batcher.job import SIMULATOR, Job, differences
+from batcher.ledger import Ledger
+from batcher.parse import AnswerSchema, format_schema
+from batcher.prompt import Composer
+from batcher.sink import Shape
+from batcher.source import FileIdentity, Source, changed, open_source
+
+
+class Prepared(NamedTuple):
+    """A job whose every part was found to be in order; nothing was sent."""
+
+    job: Job
+    source: Source
+    composer: Composer
+    dialect: Dialect
+    parser: AnswerSchema | None
+    url: str
+    headers: Mapping[str, str]
+    key_env: str | None
+    """The variable that holds the key; None where none is sent."""
+    secrets: tuple[str, ...]
+    """Values that must never be written or printed."""
+    keep: tuple[str, ...]
+
+    def price(self, model: str, prompt: int, cached: int, completion: int) -> float | None:
+        """USD of these tokens, None where the model's price is not known."""
+        known = self.job.service.prices.get(model) or self.dialect.prices.get(model)
+        return None if known is None else cost(known, prompt, cached, completion)
+
+
+def prepare(job: Job, base_url: str | None = None) -> Prepared:
+    """Open and check everything that a run needs. `base_url` stands in for the job's. Raises JobError."""
+    service, origin = job.service, job.origin
+    base_url = (base_url or service.base_url).rstrip("/")
+    local = service.base_url == SIMULATOR
+    dialect = dialects.named(service.dialect or ("cerebras" if local else dialects.of_url(base_url)))
+    key_env = service.api_key_env
+    if key_env is None and not local and dialects.at_home(dialect, base_url):
+        key_env = dialect.api_key_env
+    extra = _extra_headers(service.headers_env, origin)
+    headers = {"Content-Type": "application/json", **dialect.headers, **extra}
+    secrets = tuple(extra.values())
+    if key_env is not None:
+        key = _key(key_env, origin)
+        headers["Authorization"] = f"Bearer {key}"
+        secrets += (key,)
+    elif local:
+        headers["Authorization"] = "Bearer simulator"
+
+    template = job.request
+    parser = None
+    if template.schema is not None:
+        parser = AnswerSchema(template.schema, template.schema_name)
+    elif isinstance(wanted := template.parameters.get("response_format"), Mapping):
+        inner = format_schema(wanted)
+        parser = AnswerSchema(inner, template.schema_name) if inner is not None else None
+    composer = Composer(template, parser.request_format if template.schema is not None and parser else None, origin)
+    source = open_source(job.input.path, job.folder, job.input.format, job.output.rows_per_part)
+    known = ", ".join(source.columns)
+    if missing := sorted(composer.names - set(source.columns)):
+        raise JobError(f"{origin}: request: no column {missing[0]} in the input; its columns are {known}")
+    keep = tuple(source.columns) if job.output.keep == "all" else tuple(job.output.keep)
+    for section, name in (("input.id", job.input.id), *(("output.keep", name) for name in keep)):
+        if name is not None and name not in source.columns:
+            raise JobError(f"{origin}: {section}: no column {name} in the input; its columns are {known}")
+    path = {"chat": "/chat/completions", "completions": "/completions"}[template.endpoint]
+    return Prepared(job, source, composer, dialect, parser, base_url + path, headers, key_env, secrets, keep)
+
+
+def _key(name: str, origin: str) -> str:
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise JobError(f"{origin}: the environment variable {name} holds no API key; set it and run again")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise JobError(f"{origin}: the key in {name} holds characters that no key has")
+    return key
+
+
+def _extra_headers(name: str | None, origin: str) -> dict[str, str]:
+    if name is None:
+        return {}
+    lines = os.environ.get(name, "").splitlines()
+    pairs = [line.partition(":") for line in lines if line.strip()]
+    if not pairs or any(not field.strip() or not colon for field, colon, _ in pairs):
+        raise JobError(f"{origin}: service.headers_env: {name} should hold lines of the form Name: value")
+    return {field.strip(): value.strip() for field, _, value in pairs}
+
+
+def agree(ledger: Ledger, prepared: Prepared) -> Shape:
+    """Hold job and input against what the output was begun with; returns its columns. Raises JobError."""
+    job, source = prepared.job, prepared.source
+    meaning = msgspec.json.decode(msgspec.json.encode(job.meaning()))
+    names = [name for name in dict.fromkeys((job.input.id, *prepared.keep)) if name is not None]
+    begun = ledger.meta("meaning")
+    if begun is None:
+        if any((job.output_folder / "responses").glob("*.parquet")):
+            raise JobError(
+                f"{job.output_folder} holds parts, but their ledger {ledger.path} is gone; name another output"
+            )
+        kept = source.schema(names)
+        ledger.set_meta({"meaning": msgspec.json.encode(meaning), "kept": kept.serialize().to_pybytes()})
+    else:
+        if different := list(differences(msgspec.json.decode(begun), meaning)):
+            raise JobError(
+                f"{job.origin}: {job.output_folder} was begun with another job: {'; '.join(different)}\n"
+                "put it back, or name another output"
+            )
+        files = msgspec.json.decode(ledger.meta("input") or b"[]", type=list[FileIdentity])
+        digests = msgspec.json.decode(ledger.meta("digests") or b"[]", type=list[str])
+        if difference := changed(files, source.identities) or _rewritten(files, digests, source):
+            raise JobError(
+                f"the input has changed since the run began: {difference}\nput it back, or name another output"
+            )
+        kept = pa.ipc.read_schema(pa.py_buffer(ledger.meta("kept")))
+        # Files appended since must not change what a column is.
+        source.types.update({field.name: field.type for field in kept})
+    ledger.set_meta({"input": msgspec.json.encode(source.identities)})
+    keep = tuple(kept.names) if job.output.keep == "all" else prepared.keep
+    several = job.request.parameters.get("n", 1) != 1
+    return Shape(kept, job.input.id, keep, prepared.parser, several, job.output.raw)
+
+
+def _rewritten(files: list[FileIdentity], digests: list[str], source: Source) -> str | None:
+    """Look closely at files that were written since: the same size and samples may hide a change between them."""
+    for index, (before, after, digest) in enumerate(zip(files, source.identities, digests, strict=False)):
+        if before.mtime_ns != after.mtime_ns and source.digest(index, lambda: False) != digest:
+            return f"{after.name} has the same size but other content"
+    return None

@@ -1,0 +1,148 @@
+"""Open ranges of rows: published as they become complete, once a minute while they are not, and at the end."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+import anyio
+import anyio.to_thread
+
+from batcher.engine.attempt import reply
+from batcher.engine.prepared import Prepared
+from batcher.errors import BatcherError
+from batcher.ledger import Ledger
+from batcher.records import UNIT, Answer, Attempt, Failure, PartRecord
+from batcher.sink import Shape, Sink
+
+PUBLISH_EVERY = 60.0
+OPEN_RANGES = 8
+"""Ranges that may be open at once, beyond those that the window alone needs: one slow row keeps its range open."""
+
+
+class Range:
+    """One part in the making. Rows before `settled` stand in its former self and are no longer in the ledger."""
+
+    __slots__ = ("changed", "fed", "former", "left", "part", "rows", "settled")
+
+    def __init__(self, part: int, rows: range, record: PartRecord | None) -> None:
+        self.part = part
+        self.rows = rows
+        self.settled = record.settled if record else rows.start
+        self.former = tuple(file.name for file in record.files) if record and record.settled > rows.start else ()
+        self.left = 0
+        """Offered rows that are not done."""
+        self.fed = False
+        """Whether all rows were offered."""
+        self.changed = False
+        """Whether the ledger knows more than the published part."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row is done and durable."""
+        return self.fed and not self.left
+
+
+class Press:
+    """Publishes ranges, one at a time, on a thread. `end` is told when the disk refuses."""
+
+    def __init__(self, prepared: Prepared, shape: Shape, ledger: Ledger, end: Callable[[BatcherError], None]) -> None:
+        job = prepared.job
+        self.open: dict[int, Range] = {}
+        self._prepared = prepared
+        self._ledger = ledger
+        self._end = end
+        self._sink = Sink(
+            job.output_folder, shape, lambda attempt: prepared.dialect.read(reply(attempt)), prepared.price
+        )
+        self._sink.prepare()
+        self._size = job.output.rows_per_part
+        self._columns = shape.kept.names
+        self._due: deque[Range] = deque()
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._busy = anyio.Lock()
+        self._closed = False
+
+    async def begin(self, part: int, rows: range, record: PartRecord | None, window: int) -> Range:
+        """Open a range, as soon as not too many are open."""
+        while len(self.open) >= OPEN_RANGES + 2 * window // len(rows) and not self._closed:
+            self._room.clear()
+            await self._room.wait()
+        self.open[part] = opened = Range(part, rows, record)
+        return opened
+
+    def of(self, row: int) -> Range | None:
+        """The open range that a row is in."""
+        return self.open.get(row // self._size)
+
+    def publish_if_complete(self, opened: Range) -> None:
+        """Have a range published once nothing is left in it."""
+        if opened.complete:
+            self._due.append(opened)
+            self._wake.set()
+
+    def close(self) -> None:
+        """No more ranges are opened."""
+        self._closed = True
+        self._room.set()
+
+    async def work(self) -> None:
+        """Publish what becomes complete, and what is open once a minute."""
+        now = asyncio.get_running_loop().time
+        minute = now() + PUBLISH_EVERY
+        while True:
+            with anyio.move_on_after(max(0.0, minute - now())):
+                await self._wake.wait()
+            self._wake.clear()
+            while self._due:
+                await self._publish(self._due.popleft())
+            if now() >= minute:
+                await self.publish_open()
+                minute = now() + PUBLISH_EVERY
+
+    async def publish_open(self) -> None:
+        """Publish every open range of which the ledger knows more than its part."""
+        for opened in list(self.open.values()):
+            if opened.changed or opened.complete:
+                await self._publish(opened)
+
+    def finish(self) -> None:
+        """Nothing more is published."""
+        self._sink.finish()
+
+    async def _publish(self, opened: Range) -> None:
+        with anyio.CancelScope(shield=True):
+            async with self._busy:
+                if opened.part not in self.open:
+                    return
+                complete = opened.complete
+                opened.changed = False
+                try:
+                    await anyio.to_thread.run_sync(partial(self._make, opened, complete))
+                except BatcherError as error:
+                    opened.changed = True
+                    self._end(error)
+                    return
+                if complete:
+                    del self.open[opened.part]
+                    self._room.set()
+
+    def _read(self, attempt: Attempt) -> Answer | Failure:
+        return self._prepared.dialect.read(reply(attempt))
+
+    def _make(self, opened: Range, complete: bool) -> None:
+        """Build a part, put it in its place, note it in the ledger. Runs on a thread."""
+        rows, source = opened.rows, self._prepared.source
+        totals, files = self._sink.publish(
+            opened.part,
+            rows,
+            self._ledger.attempts(UNIT, rows.start, rows.stop),
+            source.kept(rows.start, rows.stop, self._columns),
+            opened.former,
+        )
+        settled = rows.stop if complete else opened.settled
+        # An open range always has rows to come, even when it is not yet known where the input ends.
+        stop = rows.stop if complete else max(rows.stop, settled + 1)
+        record = PartRecord(stop, settled, source.places.get(rows.start), totals, files)
+        self._ledger.published(UNIT, opened.part, record, rows if complete else None).result()

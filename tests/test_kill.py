@@ -1,0 +1,76 @@
+"""Killed at any moment, a run loses no answer that had arrived, and the same command ends it."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import stories
+
+ROWS = 600
+PART = 200
+STEPS = ("written", "synced", "renamed", "placed")
+POINTS = [
+    *("commit.before", "commit.inside", "commit.after", "published.before", "complete.before"),
+    *(f"{name}.{step}" for name in ("responses", "failures", "attempts") for step in STEPS),
+]
+
+
+def kills(folder: Path, seed: int, rows: int, times: int, per_life: int, part: int = PART) -> stories.Kills:
+    """A run over `rows` rows with a tenth of the answers faulty, killed `times` times, then left to end."""
+    stories.write_jsonl(folder / "rows.jsonl", rows)
+    faults = {**stories.FAULTS, "surrogate": 0.01}
+    with stories.service(latency=0.03, faults=faults, poison={"[row 00013]": 400}, seed=seed) as service:
+        job = stories.write_job(folder, service.url, in_flight=16, rows_per_part=part)
+        story = stories.Kills(folder, service, job, in_flight=16, seed=seed)
+        for _ in range(times):
+            if not story.kill_once(story.random.randrange(per_life), within=0.1):
+                break
+        ended = stories.run(job)
+        assert ended.returncode in (0, 3), ended.stderr
+        assert stories.KEY not in ended.stdout + ended.stderr
+        stories.check_complete(folder / "out", rows, service)
+        story.check_repeats()
+    return story
+
+
+def test_a_run_survives_kills_at_random_moments(tmp_path: Path) -> None:
+    """Killed eight times: no row is missing, none stands twice, none is asked again whose answer had arrived."""
+    story = kills(tmp_path, seed=1, rows=ROWS, times=8, per_life=120)
+    assert len(story.at) >= 4
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_run_survives_a_kill_at_each_named_point(tmp_path: Path, point: str) -> None:
+    """Killed before, inside and after each step of recording and publishing, the same promises hold."""
+    stories.write_jsonl(tmp_path / "rows.jsonl", 90)
+    with stories.service(
+        latency=0.005, faults={"500": 0.05}, poison={"[row 00003]": 400, "[row 00040]": 400}
+    ) as service:
+        job = stories.write_job(tmp_path, service.url, in_flight=16, rows_per_part=30)
+        story = stories.Kills(tmp_path, service, job, in_flight=16, seed=0)
+        visit = 3 if point.startswith("commit") else 1
+        drained = point == "published.before"  # a part that is still open is published when the run drains
+        requests = 50 if drained else 1_000_000
+        armed = story.kill_once(requests, within=60, drained=drained, BATCHER_KILLPOINT=f"{point}:{visit}")
+        assert armed, "the point was never reached"
+        ended = stories.run(job)
+        assert ended.returncode == 3, ended.stderr
+        stories.check_complete(tmp_path / "out", 90, service)
+        story.check_repeats()
+
+
+@pytest.mark.soak
+def test_two_hundred_kills_over_five_thousand_rows(tmp_path: Path) -> None:
+    """The long form: 200 kills over runs of 5,000 rows."""
+    killed = 0
+    repeated = 0
+    for seed in range(40):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        story = kills(folder, seed=seed, rows=5000, times=200 - killed, per_life=250, part=1000)
+        killed += len(story.at)
+        repeated = max(repeated, *story.repeated)
+        if killed >= 200:
+            break
+    assert killed >= 200
+    print(f"{killed} kills, at most {repeated} requests repeated by one with 16 in flight")  # noqa: T201
