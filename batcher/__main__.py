@@ -1,0 +1,5 @@
+"""`python -m batcher` is the command line."""
+
+from batcher.cli import main
+
+main()

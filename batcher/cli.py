@@ -1,0 +1,212 @@
+"""The command line: what users type, what they read, and the exit codes."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batcher.errors import BatcherError, JobError, StorageError
+from batcher.report import Progress, count, failure_lines, printable, render
+
+if TYPE_CHECKING:
+    from batcher.job import Job
+
+# What only one command needs is imported there: starting up is a part of every command's time.
+
+app = typer.Typer(
+    name="batcher",
+    help="Ask a language model once per row of a dataset, and keep every answer as a typed Parquet row.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (TOML).", show_default=False)]
+_Output = Annotated[Path, typer.Argument(metavar="OUT", help="The output's folder.", show_default=False)]
+_Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the job file; may be repeated."),
+]
+_Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="The first N rows only.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, with the process's own arguments where none are given, and end with SystemExit.
+
+    Every error that is not a bug is one or two lines on standard error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app(arguments)
+    except BatcherError as error:
+        with suppress(OSError):
+            sys.stderr.write(_shown(f"batcher: {error}") + "\n")
+        sys.exit(error.exit_code)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        _say(f"batcher {version_of('batcher')}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    job: _JobFile,
+    settings: _Settings = None,
+    limit: _Limit = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Run a job, or go on with one that was interrupted."""
+    import batcher
+
+    loaded = _load(job, settings, limit)
+    summary = loaded.output_folder / "summary.json"
+    before = _stamp(summary)
+    progress = None if quiet else Progress(loaded.name)
+    try:
+        result = batcher.run(loaded, watch=progress.show if progress else None)
+    finally:
+        if progress:
+            progress.close()
+        if _stamp(summary) != before:
+            _say(_summary(summary))
+    if result.summary.totals.failed:
+        raise typer.Exit(3)
+
+
+@app.command()
+def plan(job: _JobFile, settings: _Settings = None, limit: _Limit = None) -> None:
+    """Check a job, show its first request, estimate tokens, cost and time; send nothing."""
+    from batcher import plan as planning
+
+    made = planning.plan(_load(job, settings, limit))
+    text = planning.render(made)
+    _say(_shown(text) if sys.stdout.isatty() else text)  # elsewhere the request is to the byte what will be sent
+    if made.refusal:
+        raise JobError(f"{made.refusal}\nput it back, or name another output")
+
+
+@app.command()
+def verify(output: _Output) -> None:
+    """Recount an output: every row exactly once, files intact, sums equal the summary."""
+    from batcher.verify import verify as recount
+
+    verdict = recount(output)
+    for problem in verdict.problems:
+        _say(_shown(problem))
+    totals = verdict.totals
+    counted = f"{output}: {count(totals.answered)} rows answered, {count(totals.failed)} failed"
+    if verdict.problems:
+        raise StorageError(f"{counted}; problems found: {count(len(verdict.problems))}")
+    if verdict.pending is None:
+        counted += "; the last run did not come to its end: run the job again"
+    else:
+        counted += f", {count(verdict.pending)} pending"
+    _say(_shown(f"{counted}; no problem found"))
+
+
+@app.command()
+def simulator(
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    requests_per_minute: Annotated[int, typer.Option(help="The request limit of each model; 0 is none.", min=0)] = 1000,
+    tokens_per_minute: Annotated[
+        int, typer.Option(help="The token limit of each model; 0 is none.", min=0)
+    ] = 1_000_000,
+    latency: Annotated[float, typer.Option(help="Seconds that every answer takes before its tokens.", min=0)] = 0.05,
+    capacity: Annotated[int, typer.Option(help="Requests served at once, the others queue; 0 is no bound.", min=0)] = 0,
+    key: Annotated[str | None, typer.Option(help="The only key that is accepted; any when absent.")] = None,
+    faults: Annotated[
+        list[str] | None,
+        typer.Option("--fault", metavar="KIND=SHARE", help="A share of faulty answers, such as 500=0.05; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides which requests meet a fault.")] = 0,
+) -> None:
+    """Serve a simulated service, to try jobs against without a key."""
+    from batcher import simulator as service
+
+    try:
+        simulated = service.Settings(
+            requests_per_minute=requests_per_minute or None,
+            tokens_per_minute=tokens_per_minute or None,
+            latency=latency,
+            capacity=capacity or None,
+            key=key,
+            faults=dict(map(service.parse_fault, faults or [])),
+            seed=seed,
+        )
+    except ValueError as error:
+        raise JobError(f"simulator: {error}") from None
+    service.run(simulated, host, port, lambda url: _say(f"base_url = {url!r}; Ctrl-C ends it"))
+
+
+def _load(path: Path, settings: list[str] | None, limit: int | None) -> "Job":
+    from batcher.job import load
+
+    return load(path, [*(settings or []), *([] if limit is None else [f"input.limit={limit}"])])
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written anew."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _summary(path: Path) -> str:
+    """The summary that a run has just written, and the failures behind it."""
+    import msgspec
+
+    from batcher.records import Summary
+
+    summary = msgspec.json.decode(path.read_bytes(), type=Summary)
+    text = render(summary, _as_typed(path.parent))
+    if summary.totals.failed:
+        text += "\n\n  most common failures:\n" + "\n".join(
+            f"  {line}" for line in failure_lines(_failures(path.parent))
+        )
+    return text
+
+
+def _failures(output: Path) -> Iterator[tuple[str | None, str | None]]:
+    """Kind and message of every failed row."""
+    import pyarrow.parquet as pq
+
+    for path in sorted((output / "failures").glob("*.parquet")):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=["kind", "message"]):
+                yield from zip(batch.column("kind").to_pylist(), batch.column("message").to_pylist(), strict=True)
+
+
+def _as_typed(path: Path) -> Path:
+    """The path from the folder that the user is in, where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _shown(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _say(text: str) -> None:
+    """Write to standard output; a reader who has left is no error."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,202 @@
+"""What a job would send, cost and take, found out without sending anything."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import msgspec
+
+from batcher.dialects import PRICES_AS_OF
+from batcher.engine import Prepared, prepare
+from batcher.job import SIMULATOR, Job, Schedule, differences
+from batcher.ledger import done_rows, open_read_only, parts_of
+from batcher.records import UNIT, Request, Row
+from batcher.report import count, duration, money, printable
+from batcher.source import FileIdentity, changed
+
+SAMPLE = 1_000
+"""Rows from the start of the input that the estimates are made from."""
+ASSUMED_LATENCY = 1.0
+"""Seconds an answer takes, where only the number of requests in flight is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A job, looked at before it runs. Tokens, cost and time are estimates for the rows that are left."""
+
+    name: str
+    url: str
+    headers: Mapping[str, str]
+    """What goes with every request; of secrets only where they come from."""
+    body: bytes | None
+    """The first request's, as it will be sent; None where no row of the sample can become a request."""
+    rows: int
+    """Selected rows."""
+    done: int
+    """Of them, rows that an earlier run has done."""
+    sampled: int
+    unsendable: tuple[tuple[int, str], ...]
+    """Rows of the sample that cannot become requests, and why."""
+    prompt_tokens: int
+    output_tokens: int | None
+    """The most that the answers can have; None where the job sets no cap."""
+    prompt_cost: float | None
+    """USD; None where the model's price is not known."""
+    output_cost: float | None
+    """USD at most; None where price or cap are not known."""
+    prices: str
+    """Where the prices come from."""
+    seconds: float | None
+    """None until the service has answered."""
+    binds: str
+    """What the time is bound by."""
+    output: Path
+    refusal: str | None
+    """Why the output cannot be gone on with."""
+
+
+def plan(job: Job) -> Plan:
+    """Look at a job. Raises JobError for everything that would keep it from running."""
+    prepared = prepare(job)
+    source = prepared.source
+    rows = source.total if source.total is not None else source.count(lambda: False)
+    assert rows is not None
+    rows = min(rows, job.input.limit or rows)
+    done, refusal = _earlier(prepared)
+    done = min(done, rows)
+    sample = [prepared.composer.compose(row) for row in _first_rows(prepared, min(rows, SAMPLE))]
+    requests = [request for request in sample if isinstance(request, Request)]
+    unsendable = tuple(
+        (position, made.message) for position, made in enumerate(sample) if not isinstance(made, Request)
+    )
+    left = (rows - done) * len(requests) / max(1, len(sample))
+    prompt = _mean([request.prompt_tokens for request in requests])
+    output = _mean([request.output_tokens for request in requests])
+    capped = all(request.output_tokens for request in requests)
+    prompt_cost = _mean([prepared.price(request.model, request.prompt_tokens, 0, 0) for request in requests])
+    output_cost = _mean([prepared.price(request.model, 0, 0, request.output_tokens) for request in requests])
+    models = {request.model for request in requests}
+    seconds, binds = _time(job.schedule, left, (prompt or 0.0) + (output or 0.0), capped)
+    return Plan(
+        name=job.name,
+        url=prepared.url.replace(
+            SIMULATOR, "(the embedded simulator)/v1", 1 if job.service.base_url == SIMULATOR else 0
+        ),
+        headers=_headers(prepared),
+        body=requests[0].body if requests else None,
+        rows=rows,
+        done=done,
+        sampled=len(sample),
+        unsendable=unsendable,
+        prompt_tokens=round(left * (prompt or 0.0)),
+        output_tokens=round(left * (output or 0.0)) if capped else None,
+        prompt_cost=None if prompt_cost is None else left * prompt_cost,
+        output_cost=left * output_cost if capped and output_cost is not None else None,
+        prices="prices of the job" if models <= job.service.prices.keys() else f"list prices of {PRICES_AS_OF}",
+        seconds=seconds,
+        binds=binds,
+        output=job.output_folder,
+        refusal=refusal,
+    )
+
+
+def render(plan: Plan) -> str:
+    """The plan as text: the first request to the byte, then the estimates."""
+    if plan.body is None:
+        request = ["No row of the sample can become a request."]
+    else:
+        headers = [f"{name}: {value}" for name, value in plan.headers.items()]
+        request = [printable(f"POST {plan.url}"), *map(printable, headers), "", plan.body.decode()]
+    left = plan.rows - plan.done
+    rows = count(plan.rows)
+    if plan.done:
+        rows += f", {count(plan.done)} of them done by an earlier run; what follows is for the {count(left)} left"
+    sample = f"the first {count(plan.sampled)} rows" if plan.sampled < plan.rows else "all rows"
+    output = "no cap in the job" if plan.output_tokens is None else f"at most {count(plan.output_tokens)}"
+    if plan.prompt_cost is None:
+        cost = money(None)
+    elif plan.output_cost is None:
+        cost = f"{money(plan.prompt_cost)} for the prompts, and the answers have no cap; {plan.prices}"
+    else:
+        cost = (
+            f"at most {money(plan.prompt_cost + plan.output_cost)}: "
+            f"{money(plan.prompt_cost)} for the prompts, up to {money(plan.output_cost)} for the answers; {plan.prices}"
+        )
+    time = "unknown until the service has answered" if plan.seconds is None else f"about {duration(plan.seconds)}"
+    lines = [
+        ("rows", rows),
+        ("prompts", f"about {count(plan.prompt_tokens)} tokens, estimated from {sample}"),
+        ("answers", f"{output} tokens" if plan.output_tokens is not None else output),
+        ("cost", cost),
+        ("time", f"{time}, {plan.binds}" if plan.binds else time),
+        ("output", str(plan.output)),
+    ]
+    if plan.unsendable:
+        position, why = plan.unsendable[0]
+        share = f"{count(len(plan.unsendable))} of {sample} cannot become requests, the first is row {position}: {why}"
+        lines.insert(1, ("unsendable", share))
+    if plan.refusal:
+        lines.append(("refused", plan.refusal))
+    return "\n".join([*request, "", *(printable(f"{name:<11}{text}") for name, text in lines)])
+
+
+def _first_rows(prepared: Prepared, number: int) -> list[Row]:
+    batches = prepared.source.batches(0, prepared.composer.names)
+    return list(islice(chain.from_iterable(batches), number))
+
+
+def _headers(prepared: Prepared) -> dict[str, str]:
+    """The headers with every secret replaced by the name of its variable."""
+    shown = dict(prepared.headers)
+    for name, value in prepared.headers.items():
+        if value in prepared.secrets:
+            shown[name] = f"(from ${prepared.job.service.headers_env})"
+    if prepared.key_env is not None:
+        shown["Authorization"] = f"Bearer ${prepared.key_env}"
+    return shown
+
+
+def _earlier(prepared: Prepared) -> tuple[int, str | None]:
+    """How many rows an earlier run has done, and why it cannot be gone on with."""
+    job = prepared.job
+    if not job.ledger_path.exists():
+        if any((job.output_folder / "responses").glob("*.parquet")):
+            return 0, f"{job.output_folder} holds parts, but their ledger {job.ledger_path} is gone"
+        return 0, None
+    with open_read_only(job.ledger_path) as ledger:
+        size = job.output.rows_per_part
+        done = 0
+        for part, record in parts_of(ledger, UNIT):
+            done += record.settled - part * size
+            done += len(done_rows(ledger, UNIT, part * size, (part + 1) * size))
+        known = dict(ledger.execute("SELECT key, value FROM meta"))
+    begun = msgspec.json.decode(known.get("meaning", b"{}"))
+    meaning = msgspec.json.decode(msgspec.json.encode(job.meaning()))
+    if begun and (different := list(differences(begun, meaning))):
+        return done, f"{job.output_folder} was begun with another job: {'; '.join(different)}"
+    files = msgspec.json.decode(known.get("input", b"[]"), type=list[FileIdentity])
+    if difference := changed(files, prepared.source.identities):
+        return done, f"the input has changed since the run began: {difference}"
+    return done, None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None where a value is not known, or there is none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _time(schedule: Schedule, requests: float, tokens: float, capped: bool) -> tuple[float | None, str]:
+    """Seconds that these requests take, of so many tokens each, and what binds them."""
+    known: list[tuple[float, str]] = []
+    if schedule.requests_per_minute is not None:
+        known.append((requests / schedule.requests_per_minute * 60, "bound by requests_per_minute"))
+    for name in ("tokens_per_minute", "uncached_tokens_per_minute"):
+        if (rate := getattr(schedule, name)) is not None:
+            without = "" if capped else ", the tokens of the answers not counted"
+            known.append((requests * tokens / rate * 60, f"bound by {name}{without}"))
+    if schedule.max_in_flight != "auto":
+        seconds = requests / schedule.max_in_flight * ASSUMED_LATENCY
+        known.append((seconds, f"bound by max_in_flight, if an answer takes {ASSUMED_LATENCY:g} s"))
+    return max(known, default=(None, ""))

@@ -1,0 +1,73 @@
+"""What a run leaves behind, as a person wants to read it at the end."""
+
+from collections import Counter
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+from batcher.records import Kind, Summary
+from batcher.report.text import count, duration, money, printable
+
+_NEVER_SENT = (Kind.BAD_INPUT, Kind.UNSENDABLE, Kind.EXCEEDS_QUOTA)
+_LOOKED_AT = 100_000
+"""Failures that are looked at for the most common ones: it bounds the memory."""
+
+
+def render(summary: Summary, output: Path) -> str:
+    """The summary in aligned lines. `output` is the output's folder as the reader should type it."""
+    totals = summary.totals
+    failed = count(totals.failed)
+    if totals.failure_kinds:
+        failed += f"  ({_counts(totals.failure_kinds)})"
+    cached = f", {count(totals.cached_tokens)} of them cached" if totals.cached_tokens else ""
+    sent = totals.rows - sum(totals.failure_kinds.get(kind, 0) for kind in _NEVER_SENT)
+    requests = count(totals.attempts)
+    if totals.attempts > sent:
+        requests += f" ({count(totals.attempts - sent)} had to be repeated)"
+    if summary.requests != totals.attempts:
+        requests += f"; {count(summary.requests)} by this run"
+    others = {reason or "none": number for reason, number in totals.finish_reasons.items() if reason != "stop"}
+    lines = [
+        ("answered", count(totals.answered)),
+        ("failed", failed),
+        ("pending", "unknown: the input was not counted" if summary.pending is None else count(summary.pending)),
+        ("requests", requests),
+        ("tokens", f"{count(totals.prompt_tokens)} prompt{cached}, {count(totals.completion_tokens)} completion"),
+        ("cost", money(totals.cost_usd)),
+        ("finish", _counts(others) if others else ""),
+        ("altered", f"{count(totals.altered)} rows hold text that Parquet cannot keep exactly" * bool(totals.altered)),
+        ("time", f"{duration(summary.seconds)}, {_rate(summary)} requests per second"),
+        ("", ""),
+        ("answers", str(output / "responses")),
+        ("failures", str(output / "failures") if totals.failed else ""),
+        ("pandas", f"pandas.read_parquet({str(output / 'responses')!r})"),
+        ("DuckDB", f'duckdb -c "select * from {_literal(output)} limit 5"'),
+    ]
+    table = [f"  {name:<10}{printable(text)}".rstrip() for name, text in lines if text or not name]
+    return "\n".join([printable(f"{summary.name}: {summary.state}"), *table])
+
+
+def failure_lines(failures: Iterable[tuple[str | None, str | None]], most: int = 3) -> list[str]:
+    """The most common failures, each with its count, from kinds and messages of failed rows."""
+    seen = Counter(islice(failures, _LOOKED_AT))
+    return [
+        printable(f"{count(number)} × {kind}: {message or 'no message'}"[:300])
+        for (kind, message), number in seen.most_common(most)
+    ]
+
+
+def _counts(numbers: dict[str, int]) -> str:
+    ordered = sorted(numbers.items(), key=lambda pair: (-pair[1], pair[0]))
+    return ", ".join(f"{name} {count(number)}" for name, number in ordered)
+
+
+def _rate(summary: Summary) -> str:
+    return count(summary.requests / summary.seconds) if summary.seconds > 0 else "0"
+
+
+def _literal(output: Path) -> str:
+    """The parts as an SQL text inside a shell's double quotes."""
+    text = str(output / "responses" / "*.parquet").replace("'", "''")
+    for character in '\\"$`':
+        text = text.replace(character, "\\" + character)
+    return f"'{text}'"

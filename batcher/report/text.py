@@ -1,0 +1,47 @@
+"""Numbers and foreign text, as a terminal should show them."""
+
+import unicodedata
+
+
+def printable(text: str) -> str:
+    """The text on one line, with every character that would act on a terminal shown as its escape.
+
+    These are the control, format (bidi overrides among them), surrogate, private and unassigned characters and the
+    line separators: Unicode's categories C, Zl and Zp.
+    """
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    category = unicodedata.category(character)
+    if category[0] != "C" and category not in ("Zl", "Zp"):
+        return character
+    return character.encode("unicode_escape").decode()
+
+
+def count(number: float) -> str:
+    """A number of things: 1,234,567; below ten with one decimal where it has one."""
+    return f"{number:,.1f}" if number < 10 and number != int(number) else f"{number:,.0f}"
+
+
+def money(usd: float | None) -> str:
+    """An amount in dollars, with more digits the smaller it is."""
+    if usd is None:
+        return "unknown price"
+    return f"${usd:,.2f}" if usd >= 1 or not usd else f"${usd:.4f}" if usd >= 0.001 else f"${usd:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """A time span in its two largest units."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24:02} h"

@@ -1,0 +1,285 @@
+"""Recounts an output without its job: every row exactly once, files intact, sums as they were written down."""
+
+import hashlib
+import math
+import re
+import sqlite3
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batcher.errors import JobError
+from batcher.job import Output
+from batcher.ledger import Lock, done_rows, open_read_only, parts_of
+from batcher.records import UNIT, FileRecord, PartRecord, Summary, Totals
+
+_FOLDERS = ("responses", "failures", "attempts")
+_ANSWERED_SUMS = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "latency", "altered")
+_BILLED_SUMS = ("billed_prompt_tokens", "billed_completion_tokens", "cost_usd")
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What a recount found. `totals` are the sums over the folders; `problems` has one line each, naming the file."""
+
+    totals: Totals = field(default_factory=Totals)
+    parts: int = 0
+    files: int = 0
+    pending: int | None = None
+    """Selected rows without an outcome; None where the last run did not come to its end."""
+    problems: list[str] = field(default_factory=list)
+
+
+def verify(output: Path) -> Verdict:
+    """Recount an output, part by part, and write nothing.
+
+    Raises JobError where there is no output, OutputInUseError while a run writes to it.
+    """
+    settings = _settings(output)
+    with Lock(output), open_read_only(settings[1]) as ledger:
+        return _Recount(output, settings[0], ledger).verdict()
+
+
+def _settings(output: Path) -> tuple[int, Path]:
+    """Rows per part, and where the ledger lies."""
+    try:
+        document = tomllib.loads((output / "job.toml").read_text(encoding="utf-8"))
+        section = msgspec.convert(document["output"], Output)
+    except OSError:
+        raise JobError(f"{output}: no output of batcher, for it has no job.toml") from None
+    except (ValueError, KeyError, msgspec.ValidationError):
+        raise JobError(f"{output / 'job.toml'}: is damaged, so the output cannot be recounted") from None
+    ledger = Path(output, section.ledger or "ledger.sqlite")
+    if not ledger.exists() and not (output / "responses").exists():
+        raise JobError(f"{output}: no output of batcher, for it has neither ledger nor responses")
+    return section.rows_per_part, ledger
+
+
+class _Recount:
+    """The state of one recount."""
+
+    def __init__(self, output: Path, size: int, ledger: sqlite3.Connection) -> None:
+        self._output = output
+        self._size = size
+        self._ledger = ledger
+        self._schemas: dict[str, tuple[str, pa.Schema]] = {}
+        self._reached = 0
+        """All rows below this one lie in complete parts."""
+        self._open = 0
+        self._found = Verdict()
+        self._summary = self._read_summary()
+        self._ended = self._summary is not None and not (output / ".publishing").exists()
+        """Whether the last run came to its end, and the summary is its."""
+
+    def verdict(self) -> Verdict:
+        """All parts, then what they make together."""
+        damage = self._ledger.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if damage != "ok":
+            self._say("ledger.sqlite", f"is damaged: {damage}")
+        records = dict(parts_of(self._ledger, UNIT))
+        files = self._files()
+        recorded = Totals()
+        for part in sorted({*records, *files}):
+            record = records.get(part)
+            if record is None:
+                for name in files[part]:
+                    self._say(name, "is not known to the ledger")
+                continue
+            self._found.parts += 1
+            complete = record.complete and not self._reopened(part)
+            totals = self._part(part, record, complete, files.get(part, set()))
+            self._found.totals.add(totals)
+            recorded.add(record.totals)
+            if not complete:
+                self._open += 1
+            elif part * self._size == self._reached:
+                self._reached = record.stop
+            if complete or self._ended:
+                self._compare(f"part {part:06d}", totals, "the ledger", record.totals)
+        self._whole(recorded)
+        return self._found
+
+    # One part
+
+    def _part(self, part: int, record: PartRecord, complete: bool, names: set[str]) -> Totals:
+        """One part's files against what is recorded of them, and their sums."""
+        totals = Totals()
+        start = part * self._size
+        allowed = range(start, record.stop if complete else start + self._size)
+        settled = complete or self._ended
+        for file in record.files if settled else ():
+            if file.name in names:
+                self._intact(file)
+            else:
+                self._say(file.name, f"is missing ({file.rows:,} rows)")
+        known = {file.name: file.rows for file in record.files}
+        rows: dict[str, pa.ChunkedArray] = {}
+        for name in sorted(names, key=lambda name: _FOLDERS.index(name.split("/")[0])):
+            if settled and name not in known:
+                self._say(name, "is not known to the ledger")
+            read = self._read(name, totals)
+            if read is None:
+                continue
+            folder = name.split("/")[0]
+            self._in_order(name, read, allowed)
+            rows[folder] = read["row"]
+            if settled and known.get(name, read.num_rows) != read.num_rows:
+                self._say(name, f"holds {read.num_rows:,} rows, and {known[name]:,} were published")
+        self._once(part, rows, allowed, complete)
+        return totals
+
+    def _intact(self, file: FileRecord) -> None:
+        path = self._output / file.name
+        if (size := path.stat().st_size) != file.bytes:
+            self._say(file.name, f"has {size:,} bytes, and {file.bytes:,} were published")
+            return
+        with path.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != file.sha256:
+                self._say(file.name, "is not what was published: its sha256 differs")
+
+    def _read(self, name: str, totals: Totals) -> pa.Table | None:
+        """The rows (and attempts) of a file, every page of it checked; its sums are added. None: cannot be read."""
+        self._found.files += 1
+        folder = name.split("/")[0]
+        numbers: list[pa.RecordBatch] = []
+        try:
+            with pq.ParquetFile(self._output / name, page_checksum_verification=True, pre_buffer=False) as file:
+                self._same_columns(name, file.schema_arrow)
+                columns = ["row", "attempt"] if folder == "attempts" else ["row"]
+                for batch in file.iter_batches(batch_size=4096):
+                    numbers.append(batch.select(columns))
+                    _add(totals, folder, batch)
+                return pa.Table.from_batches(numbers, pa.schema([file.schema_arrow.field(name) for name in columns]))
+        except (OSError, pa.ArrowException, KeyError) as error:
+            self._say(name, f"cannot be read: {error}")
+            return None
+
+    def _same_columns(self, name: str, schema: pa.Schema) -> None:
+        first, expected = self._schemas.setdefault(name.split("/")[0], (name, schema))
+        if not schema.equals(expected):
+            fields = {*schema, *expected} - ({*schema} & {*expected})
+            names = ", ".join(sorted({field.name for field in fields})) or "their order"
+            self._say(name, f"has other columns than {first}: {names}")
+
+    def _in_order(self, name: str, read: pa.Table, allowed: range) -> None:
+        """Rows stand in order, each once, inside the part's range; attempts by row and attempt."""
+        rows = read["row"].combine_chunks()
+        if not len(rows):
+            return
+        before, after = rows[:-1], rows[1:]
+        rising = pc.greater(after, before)
+        if "attempt" in read.column_names:
+            number = read["attempt"].combine_chunks()
+            rising = pc.or_(rising, pc.and_(pc.equal(after, before), pc.greater(number[1:], number[:-1])))
+        wrong = pc.index(rising, False).as_py()
+        if wrong >= 0:
+            row, last = rows[wrong + 1].as_py(), rows[wrong].as_py()
+            self._say(name, f"row {row} stands twice" if row == last else f"row {row} stands after row {last}")
+        outside = pc.or_(pc.less(rows, allowed.start), pc.greater_equal(rows, allowed.stop))
+        if (wrong := pc.index(outside, True).as_py()) >= 0:
+            self._say(name, f"row {rows[wrong].as_py()} is outside of {allowed.start} to {allowed.stop - 1}")
+
+    def _once(self, part: int, rows: dict[str, pa.ChunkedArray], allowed: range, complete: bool) -> None:
+        """No row has both answer and failure; none is missing that is done."""
+        empty = pa.chunked_array([], pa.int64())
+        answered, failed = rows.get("responses", empty), rows.get("failures", empty)
+        both = pc.index(pc.is_in(failed, value_set=answered), True).as_py()
+        if both >= 0:
+            row = failed[both].as_py()
+            self._say(f"failures/part-{part:06d}.parquet", f"row {row} stands in responses too")
+        if complete:
+            expected = pa.array(range(allowed.start, allowed.stop), pa.int64())
+        elif self._ended and self._summary is not None and self._summary.state != "stopped":
+            expected = pa.array(done_rows(self._ledger, UNIT, allowed.start, allowed.stop), pa.int64())
+        else:
+            return
+        there = pc.is_in(expected, value_set=pa.chunked_array([*answered.chunks, *failed.chunks], pa.int64()))
+        missing = pc.sum(pc.invert(there)).as_py()
+        if missing:
+            row = expected[pc.index(there, False).as_py()].as_py()
+            self._say(f"part {part:06d}", f"row {row} is in neither responses nor failures ({missing:,} rows are not)")
+
+    def _reopened(self, part: int) -> bool:
+        """Whether a range that was complete has been taken up again: its answers are dropped when it is complete."""
+        found = self._ledger.execute(
+            "SELECT 1 FROM attempts WHERE unit = ? AND row >= ? AND row < ? LIMIT 1",
+            (UNIT, part * self._size, (part + 1) * self._size),
+        )
+        return found.fetchone() is not None
+
+    # All parts
+
+    def _whole(self, recorded: Totals) -> None:
+        """What the parts make together, once the last run has come to its end."""
+        summary = self._summary
+        leftovers = list((self._output / ".publishing").glob("*"))
+        if leftovers and not self._open and summary is not None and summary.state == "complete":
+            self._say(f".publishing/{leftovers[0].name}", "was left behind; run the job again to clear it away")
+        if summary is None or not self._ended:
+            return
+        self._found.pending = summary.pending
+        self._compare("summary.json", summary.totals, "the folders", self._found.totals)
+        self._compare("summary.json", summary.totals, "the ledger", recorded)
+        if summary.state != "complete":
+            return
+        if summary.selected is None:
+            self._say("summary.json", "calls the output complete and does not say how many rows that is")
+            return
+        if self._reached < summary.selected:
+            self._say("summary.json", f"calls {summary.selected:,} rows complete, and row {self._reached} is not")
+
+    def _compare(self, name: str, said: Totals, where: str, found: Totals) -> None:
+        for key in Totals.__struct_fields__:
+            mine, theirs = getattr(said, key), getattr(found, key)
+            if isinstance(mine, float) and isinstance(theirs, float):
+                if not math.isclose(mine, theirs, rel_tol=1e-9, abs_tol=1e-9):
+                    self._say(name, f"{key} is {mine:g}, and {theirs:g} in {where}")
+            elif mine != theirs:
+                self._say(name, f"{key} is {mine}, and {theirs} in {where}")
+
+    def _files(self) -> dict[int, set[str]]:
+        """The published files by part; what else lies in the folders is a problem."""
+        found: dict[int, set[str]] = {}
+        for folder in _FOLDERS:
+            for path in sorted((self._output / folder).glob("*")):
+                name = f"{folder}/{path.name}"
+                if match := re.fullmatch(r"part-(\d{6,})\.parquet", path.name):
+                    found.setdefault(int(match[1]), set()).add(name)
+                else:
+                    self._say(name, "is no part of the output")
+        return found
+
+    def _read_summary(self) -> Summary | None:
+        try:
+            return msgspec.json.decode((self._output / "summary.json").read_bytes(), type=Summary)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError) as error:
+            self._say("summary.json", f"cannot be read: {error}")
+            return None
+
+    def _say(self, name: str, problem: str) -> None:
+        self._found.problems.append(f"{name}: {problem}".replace("\n", " "))
+
+
+def _add(totals: Totals, folder: str, batch: pa.RecordBatch) -> None:
+    """Add a batch's sums."""
+    if folder == "attempts":
+        totals.attempts += batch.num_rows
+        return
+    part = Totals(rows=batch.num_rows)
+    for name in (*_BILLED_SUMS, *(_ANSWERED_SUMS if folder == "responses" else ())):
+        summed = pc.sum(batch.column(name)).as_py()
+        setattr(part, name, summed if name == "cost_usd" else summed or 0)
+    values = pc.value_counts(batch.column("finish_reason" if folder == "responses" else "kind")).to_pylist()
+    counted = {pair["values"] or "": pair["counts"] for pair in values}
+    if folder == "responses":
+        part.answered, part.finish_reasons = batch.num_rows, counted
+    else:
+        part.failed, part.failure_kinds = batch.num_rows, counted
+    totals.add(part)
