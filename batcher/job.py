@@ -4,10 +4,11 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 from urllib.parse import urlsplit
 
 import msgspec
@@ -20,7 +21,8 @@ SIMULATOR = "simulator"
 
 _Section = TypeVar("_Section", bound=Struct)
 
-_Count = Annotated[int, Meta(ge=1)]
+_Count = Annotated[int, Meta(ge=1, le=2**53)]
+_Rate = Annotated[float, Meta(gt=0, le=1e12)]
 _Text = Annotated[str, Meta(min_length=1)]
 
 
@@ -51,9 +53,9 @@ class Schedule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How much may be under way: numbers are ceilings, an absent rate is no limit of ours."""
 
     max_in_flight: Annotated[int, Meta(ge=1, le=100_000)] | Literal["auto"] = "auto"
-    requests_per_minute: Annotated[float, Meta(gt=0)] | None = None
-    tokens_per_minute: Annotated[float, Meta(gt=0)] | None = None
-    uncached_tokens_per_minute: Annotated[float, Meta(gt=0)] | None = None
+    requests_per_minute: _Rate | None = None
+    tokens_per_minute: _Rate | None = None
+    uncached_tokens_per_minute: _Rate | None = None
 
 
 class Retry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,7 +97,7 @@ _PARAMETERS: dict[str, Any] = {
     "prompt_cache_key": Annotated[str, Meta(max_length=1024)],
     "reasoning_effort": Literal["none", "low", "medium", "high"],
     "response_format": dict[str, Any],
-    "seed": int,
+    "seed": Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)],
     "stop": str | Annotated[list[str], Meta(min_length=1, max_length=4)],
     "temperature": Annotated[float, Meta(ge=0, le=2)],
     "top_p": _Unit,
@@ -114,6 +116,7 @@ _LATER = {
         *("body", "extra", "tools", "tool_choice", "parallel_tool_calls", "logprobs", "top_logprobs", "logit_bias"),
         *("prediction", "stream", "stream_options", "clear_thinking", "disable_reasoning", "reasoning_format"),
         *("min_completion_tokens", "min_tokens", "return_raw_tokens", "grammar_root", "echo", "best_of"),
+        *("service_tier", "queue_threshold"),
     ),
     "schedule": ("service_tier", "queue_threshold", "deadline", "budget_usd", "dedupe", "wait"),
     "retry": ("repair",),
@@ -161,16 +164,7 @@ class Job:
     ) -> None:
         if not isinstance(name, str) or not name:
             raise JobError(f"{origin}: name: a text that is not empty, please")
-        self.name = name
-        self.folder = Path(folder).absolute()
-        self.origin = origin
-        self.input: Input = _section(Input, "input", input, origin)
-        self.service: Service = _service(service or {}, origin)
-        self.schedule: Schedule = _section(Schedule, "schedule", schedule or {}, origin)
-        self.retry: Retry = _section(Retry, "retry", retry or {}, origin)
-        self.output: Output = _section(Output, "output", output, origin)
-        self.request = _request(request, self.folder, origin)
-        self._sections = {
+        given: dict[str, Mapping[str, object] | None] = {
             "input": input,
             "request": request,
             "service": service,
@@ -178,9 +172,38 @@ class Job:
             "retry": retry,
             "output": output,
         }
-        for place in filter(None, (self.output.path, self.output.ledger)):
+        self._sections: dict[str, dict[str, object]] = {}
+        for section, values in given.items():
+            if values is None:
+                continue
+            if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+                raise JobError(f"{origin}: {section}: a section, please: [{section}]")
+            self._sections[section] = {key: value for key, value in values.items() if value is not None}
+        for section in ("input", "request", "output"):
+            if section not in self._sections:
+                raise JobError(f"{origin}: the section [{section}] is missing")
+        self.name = name
+        self.folder = Path(folder).absolute()
+        self.origin = origin
+        sections = {name: self._sections.get(name, {}) for name in (*_SECTIONS, "request")}
+        self.input: Input = _section(Input, "input", sections["input"], origin)
+        self.service: Service = _service(sections["service"], origin)
+        self.schedule: Schedule = _section(Schedule, "schedule", sections["schedule"], origin)
+        self.retry: Retry = _section(Retry, "retry", sections["retry"], origin)
+        self.output: Output = _section(Output, "output", sections["output"], origin)
+        self.request = _request(sections["request"], self.folder, origin)
+        inputs = [self.input.path] if isinstance(self.input.path, str) else self.input.path
+        places = [("input.path", place) for place in inputs]
+        places += [("output.path", self.output.path), ("output.ledger", self.output.ledger or "")]
+        for key, place in places:
             if "://" in place:
-                raise JobError(f"{origin}: output: {place} is not a local path; object stores are not supported yet")
+                raise JobError(f"{origin}: {key}: {_shown(place)}: only local paths are supported yet")
+            if "\0" in place:
+                raise JobError(f"{origin}: {key}: no path holds a NUL")
+        try:
+            self.document()
+        except (TypeError, ValueError) as error:  # Python can say what TOML cannot: a null in a schema, say
+            raise JobError(f"{origin}: the job cannot be written as TOML: {error}") from None
 
     def __repr__(self) -> str:
         return f"Job({self.name!r}, {self.request.parameters['model']!r}, output={self.output.path!r})"
@@ -202,9 +225,9 @@ class Job:
     def document(self) -> bytes:
         """The job as TOML, overrides included; the ledger's path is absolute: the output may be read from anywhere."""
         document: dict[str, object] = {"name": self.name}
-        document |= {name: dict(section) for name, section in self._sections.items() if section}
+        document |= {name: section for name, section in self._sections.items() if section}
         if self.output.ledger:
-            document["output"] = {**(self._sections["output"] or {}), "ledger": str(self.ledger_path)}
+            document["output"] = {**self._sections["output"], "ledger": str(self.ledger_path)}
         return msgspec.toml.encode(document)
 
     def meaning(self) -> dict[str, object]:
@@ -233,24 +256,24 @@ def load(path: str | Path, settings: Sequence[str] = ()) -> Job:
     except FileNotFoundError:
         raise JobError(f"{path}: no such job file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"{path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+        raise JobError(f"{path}: cannot be read: {_reason(error)}") from None
+    except ValueError as error:  # TOMLDecodeError, and numbers beyond all measure
         raise JobError(f"{origin}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise JobError(f"{origin}: nested too deeply") from None
     for setting in settings:
         _override(document, setting)
-    top = {"name", "request", *_SECTIONS}
+    top = ("name", "request", *_SECTIONS)
     for key in document:
         if key in _LATER[""]:
             raise JobError(f"{origin}: [{key}] is not supported yet")
         if key not in top:
-            raise JobError(f"{origin}: unknown key {key}{_nearest(key, top)}")
-    for section in (*_SECTIONS, "request"):
-        if not isinstance(document.get(section, {}), dict):
-            raise JobError(f"{origin}: {section}: a section, please: [{section}]")
-    for section in ("input", "request", "output"):
-        if section not in document:
-            raise JobError(f"{origin}: the section [{section}] is missing")
-    return Job(**document, folder=path.absolute().parent, origin=origin)
+            raise _unknown("", key, top, origin)
+    given: dict[str, Any] = dict.fromkeys(("input", "request", "output")) | document
+    try:
+        return Job(**given, folder=path.absolute().parent, origin=origin)
+    except RecursionError:
+        raise JobError(f"{origin}: nested too deeply") from None
 
 
 def misfit(endpoint: str, name: str, value: object) -> str | None:
@@ -259,9 +282,7 @@ def misfit(endpoint: str, name: str, value: object) -> str | None:
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        return f"{name}: {_plain(error)}, not {_shown(value)}"
-    if isinstance(value, bool) and kind is not bool:
-        return f"{name}: true and false are not numbers"
+        return f"{name}{_place(error)}: {_allowed(kind, error)}, not {_shown(value)}"
     if name == "messages":
         for index, message in enumerate(value if isinstance(value, list) else []):
             if not isinstance(message.get("role"), str):
@@ -271,15 +292,13 @@ def misfit(endpoint: str, name: str, value: object) -> str | None:
 
 def duration(text: object) -> float:
     """Seconds of "10m", "1.5h", "250ms" or a plain number. Raises ValueError."""
+    seconds = 0.0
     if isinstance(text, int | float) and not isinstance(text, bool):
-        seconds = float(text)
-    else:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)", str(text).strip())
-        if not found:
-            raise ValueError
+        seconds = float(min(text, 1e9))
+    elif found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)", str(text).strip(), re.ASCII):
         seconds = float(found[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
     if not 0 < seconds < 1e9:
-        raise ValueError
+        raise ValueError(f'a duration such as "90s" or "10m", not {_shown(text)}')
     return seconds
 
 
@@ -289,22 +308,21 @@ def is_template(value: object) -> bool:
 
 
 def _section(kind: type[_Section], name: str, given: Mapping[str, object], origin: str) -> _Section:
-    fields = [field.name for field in msgspec.structs.fields(kind)]
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
     for key, value in given.items():
         _refuse_later(name, key, value, origin)
         if key not in fields:
-            raise JobError(f"{origin}: unknown key {name}.{key}{_nearest(key, fields)}")
-        if isinstance(value, bool) and key not in ("raw", "proxy"):
-            raise JobError(f"{origin}: {name}.{key}: true and false mean nothing here")
+            raise _unknown(name, key, fields, origin)
     try:
-        return msgspec.convert(dict(given), kind)
+        return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
-        where = re.search(r"at `\$((?:\.\w+|\[[^\]]*\])*)`", str(error))
-        missing = re.search(r"missing required field `(\w+)`", str(error))
-        key = f".{missing[1]}" if missing else where[1] if where else ""
-        value = given.get(key.lstrip(".").split("[")[0].split(".")[0])
-        said = "is missing" if missing else f"{_plain(error)}, not {_shown(value)}"
-        raise JobError(f"{origin}: {name}{key}: {said}") from None
+        place = _place(error)
+        if missing := re.search(r"missing required field `(\w+)`", str(error)):
+            raise JobError(f"{origin}: {name}{place}.{missing[1]} is missing") from None
+        key = re.split(r"[.\[]", place)[1]
+        raise JobError(
+            f"{origin}: {name}{place}: {_allowed(fields[key], error)}, not {_shown(given.get(key))}"
+        ) from None
 
 
 def _service(given: Mapping[str, object], origin: str) -> Service:
@@ -312,21 +330,32 @@ def _service(given: Mapping[str, object], origin: str) -> Service:
     if "timeout" in values:
         try:
             values["timeout"] = duration(values["timeout"])
-        except ValueError:
-            raise JobError(
-                f'{origin}: service.timeout: a duration such as "90s" or "10m", not {_shown(values["timeout"])}'
-            ) from None
+        except ValueError as error:
+            raise JobError(f"{origin}: service.timeout: {error}") from None
     service: Service = _section(Service, "service", values, origin)
+    for key in ("api_key_env", "headers_env"):
+        if not re.fullmatch(r"[A-Za-z_]\w*", getattr(service, key) or "_", re.ASCII):
+            raise JobError(f"{origin}: service.{key}: the name of an environment variable, never the secret itself")
+    for model, price in service.prices.items():
+        if strange := sorted(cast(Any, given)["prices"][model].keys() - set(Price.__struct_fields__)):
+            raise _unknown(f"service.prices.{_word(model)}", strange[0], Price.__struct_fields__, origin)
+        for key in Price.__struct_fields__:
+            if not 0 <= (getattr(price, key) or 0) < 1e9:
+                raise JobError(f"{origin}: service.prices.{_word(model)}.{key}: USD per million tokens, from 0 on")
     if service.base_url == SIMULATOR:
         return service
-    url = urlsplit(service.base_url)
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise JobError(f'{origin}: service.base_url: an http(s) URL or "simulator", not {_shown(service.base_url)}')
-    if url.username or url.password:
+    try:
+        url = urlsplit(service.base_url)
+        sound = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        sound = False
+    if "@" in service.base_url:
         raise JobError(f"{origin}: service.base_url: no user or password in the URL; name a variable in api_key_env")
+    if not sound or not service.base_url.isprintable() or " " in service.base_url:
+        raise JobError(f'{origin}: service.base_url: an http(s) URL or "simulator", not {_shown(service.base_url)}')
     if url.query or url.fragment:
         raise JobError(f"{origin}: service.base_url: no ? or # part, please")
-    if url.scheme == "http" and not _is_near(url.hostname):
+    if url.scheme == "http" and not _is_near(url.hostname or ""):
         raise JobError(
             f"{origin}: service.base_url: http:// would send key and prompts unencrypted to {url.hostname}; use https://"
         )
@@ -336,9 +365,11 @@ def _service(given: Mapping[str, object], origin: str) -> Service:
 def _is_near(host: str) -> bool:
     """Whether plain HTTP to this host stays on the machine or its private network."""
     try:
-        return (address := ip_address(host)).is_loopback or (address.is_private and not address.is_link_local)
+        address = ip_address(host)
     except ValueError:
         return "." not in host or host.endswith((".local", ".internal", ".localhost"))
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or (address.is_private and not address.is_link_local)
 
 
 def _request(given: Mapping[str, object], folder: Path, origin: str) -> RequestTemplate:
@@ -350,9 +381,9 @@ def _request(given: Mapping[str, object], folder: Path, origin: str) -> RequestT
     for key, value in given.items():
         _refuse_later("request", key, value, origin)
         if key not in known and not (key in _SHORTHANDS if chat else key == "endpoint"):
-            where = "" if key not in {**_CHAT, **_COMPLETIONS, "system": 0} else f" with endpoint = {_shown(endpoint)}"
-            allowed = {*known, *_SHORTHANDS} if chat else {*known, "endpoint"}
-            raise JobError(f"{origin}: unknown key request.{key}{where}{_nearest(key, allowed)}")
+            if key in {*_CHAT, *_COMPLETIONS, *_SHORTHANDS}:
+                raise JobError(f"{origin}: request.{key}: not with endpoint = {_shown(endpoint)}")
+            raise _unknown("request", key, {*known, *_SHORTHANDS} if chat else {*known, "endpoint"}, origin)
     values = {key: _with_files(value, folder, f"{origin}: request.{key}") for key, value in given.items()}
     values.pop("endpoint", None)
     if "max_tokens" in values and "max_completion_tokens" in values:
@@ -395,8 +426,8 @@ def _with_files(value: object, folder: Path, where: str) -> object:
         case {"file": str(name), **rest} if not rest:
             try:
                 return (folder / name).read_text(encoding="utf-8-sig").rstrip("\n")
-            except (OSError, UnicodeDecodeError) as error:
-                raise JobError(f"{where}: {name} cannot be read: {_reason(error)}") from None
+            except (OSError, ValueError) as error:
+                raise JobError(f"{where}: {_word(name)} cannot be read: {_reason(error)}") from None
         case dict():
             return {key: _with_files(inner, folder, where) for key, inner in value.items()}
         case list():
@@ -412,17 +443,17 @@ def _schema(given: object, folder: Path, where: str) -> tuple[dict[str, object],
         raise JobError(f"{where}: a file name or a table, not {_shown(given)}")
     try:
         schema = msgspec.json.decode((folder / given).read_bytes())
-    except OSError as error:
-        raise JobError(f"{where}: {given} cannot be read: {_reason(error)}") from None
-    except msgspec.DecodeError as error:
-        raise JobError(f"{where}: {given} is not JSON: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise JobError(f"{where}: {_word(given)} is not JSON: {error}") from None
+    except (OSError, ValueError) as error:
+        raise JobError(f"{where}: {_word(given)} cannot be read: {_reason(error)}") from None
     if not isinstance(schema, dict):
-        raise JobError(f"{where}: {given} holds no JSON object")
+        raise JobError(f"{where}: {_word(given)} holds no JSON object")
     return schema, str(schema.get("title") or Path(given).name.split(".")[0])
 
 
 def _refuse_later(section: str, key: str, value: object, origin: str) -> None:
-    if key in _LATER.get(section, ()) or (section == "request" and key in Schedule.__struct_fields__):
+    if key in _LATER.get(section, ()):
         raise JobError(f"{origin}: {section}.{key} is not supported yet")
     if isinstance(value, str) and value in _LATER_VALUES.get((section, key), ()):
         raise JobError(f"{origin}: {section}.{key} = {_shown(value)} is not supported yet")
@@ -432,30 +463,84 @@ def _override(document: dict[str, Any], setting: str) -> None:
     key, equals, text = setting.partition("=")
     *sections, name = key.strip().split(".")
     if not equals or not name or len(sections) > 2:
-        raise JobError(f"--set {setting}: section.key=value, please")
+        raise JobError(f"--set {_word(setting)}: section.key=value, please")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    except (ValueError, RecursionError):
+        value = text.strip()
     for section in sections:
         document = document.setdefault(section, {})
         if not isinstance(document, dict):
-            raise JobError(f"--set {setting}: {section} is not a section")
+            raise JobError(f"--set {_word(setting)}: {section} is not a section")
     document[name] = value
 
 
-def _nearest(key: str, known: Sequence[str] | set[str]) -> str:
+def _unknown(section: str, key: str, known: Iterable[str], origin: str) -> JobError:
+    """What to say of a key that is not there: the one that was meant, or the section that has it."""
+    homes = {name: {*kind.__struct_fields__, *_LATER.get(name, ())} for name, kind in _SECTIONS.items()}
+    homes["request"] = {*_CHAT, *_SHORTHANDS, *_LATER["request"]}
     close = difflib.get_close_matches(key, sorted(known), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
+    home = next((name for name, keys in homes.items() if key in keys), None)
+    if home is not None:
+        hint = f"it belongs in [{home}]"
+    elif close:
+        hint = f"did you mean {close[0]}?"
+    else:
+        hint = f"known are {', '.join(sorted(known))}"
+    return JobError(f"{origin}: unknown key {section}{'.' if section else ''}{_word(key)}; {hint}")
 
 
-def _plain(error: Exception) -> str:
-    """msgspec's sentence without its JSON path and back quotes."""
-    return re.sub(r" - at `.*`$", "", str(error)).replace("`", "").replace("Expected ", "expected ").split(", got")[0]
+def _place(error: msgspec.ValidationError) -> str:
+    """Where in the value it is wrong: `.key`, `[0]`, or nothing."""
+    found = re.search(r"at `\$((?:\.\w+|\[[^\]]*\])*)`", str(error))
+    return found[1] if found else ""
+
+
+def _allowed(kind: Any, error: msgspec.ValidationError) -> str:
+    """What a value may be, in words; inside of it, what msgspec says."""
+    if re.search(r"\[[^\]]*\]", _place(error)):
+        return (
+            re.sub(r" - at `.*`$", "", str(error)).replace("`", "").replace("Expected ", "expected ").split(", got")[0]
+        )
+    return " or ".join(_words(kind, {}))
+
+
+def _words(kind: Any, bounds: Mapping[str, Any]) -> list[str]:
+    """The alternatives of a type, with the bounds of its annotation."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        inner, meta = get_args(kind)
+        return _words(inner, {name: bound for name in _BOUNDS if (bound := getattr(meta, name)) is not None})
+    if origin is Literal:
+        return [str(choice) for choice in get_args(kind)]
+    if kind is not NoneType and (kind in _NAMES or origin in _NAMES):
+        words = [_NAMES[origin or kind]]
+        words += [f"{_BOUNDS[name]} {bound:,}" for name, bound in bounds.items() if abs(bound) < 2**53]
+        return [" ".join(words)]
+    return [word for part in get_args(kind) for word in _words(part, bounds)]
+
+
+_NAMES = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a table",
+}
+_BOUNDS = {"gt": "above", "ge": "from", "le": "to", "min_length": "of at least", "max_length": "of at most"}
+
+
+def _word(text: str) -> str:
+    """A key or a name, fit for a line."""
+    return text if text.isprintable() and 0 < len(text) <= 60 else _shown(text)
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        text = "a number beyond all measure"
     return text if len(text) <= 60 else text[:57] + "…"
 
 
@@ -466,5 +551,23 @@ def _reason(error: Exception) -> str:
 def differences(before: Mapping[str, object], after: Mapping[str, object]) -> Iterator[str]:
     """One line per key whose value is not the same in both, as a person would want to read it."""
     for key in sorted({*before, *after}):
-        if before.get(key) != after.get(key):
-            yield f"{key}: was {_shown(before.get(key))}, is now {_shown(after.get(key))}"
+        yield from _difference(key, before.get(key), after.get(key))
+
+
+def _difference(key: str, before: object, after: object) -> Iterator[str]:
+    if before == after:
+        return
+    if isinstance(before, dict) and isinstance(after, dict):
+        for inner in sorted({*before, *after}):
+            yield from _difference(f"{key}.{inner}", before.get(inner), after.get(inner))
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for index, (one, other) in enumerate(zip(before, after, strict=True)):
+            yield from _difference(f"{key}[{index}]", one, other)
+    else:
+        if isinstance(before, str) and isinstance(after, str):
+            pairs = enumerate(zip(before, after, strict=False))
+            same = next((i for i, (one, other) in pairs if one != other), min(len(before), len(after)))
+            if same > 40:  # of long texts, the place where they part
+                before, after = (f"…{text[same - 20 :]}" for text in (before, after))
+        was, now = ("absent" if value is None else _shown(value) for value in (before, after))
+        yield f"{key}: was {was}, is now {now}"
