@@ -1,14 +1,16 @@
 """Turns a row into a request: templates, parameters, cache key, token estimate."""
 
 import hashlib
-import re
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, cast
 
 import jinja2
 import jinja2.meta
 import msgspec
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2 import nodes
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batcher.errors import JobError
 from batcher.job import RequestTemplate, is_template, misfit
@@ -19,7 +21,6 @@ BYTES_PER_TOKEN = 4
 
 _Fields = Mapping[str, object]
 _Render = Callable[[_Fields], object]
-_WHOLE = re.compile(r"\s*\{\{(.*)\}\}\s*", re.DOTALL)
 
 
 class Composer:
@@ -32,6 +33,8 @@ class Composer:
     def __init__(self, template: RequestTemplate, response_format: Mapping[str, object] | None, origin: str) -> None:
         self._endpoint = template.endpoint
         self._environment = _Environment()
+        self._bare = _Environment()
+        self._bare.globals.clear()
         self._fixed: dict[str, object] = {}
         self._rendered: list[tuple[str, _Render]] = []
         names: set[str] = set()
@@ -41,14 +44,24 @@ class Composer:
         for name, value in parameters.items():
             try:
                 render = self._compile(value, names)
-            except jinja2.TemplateError as error:
+            except jinja2.TemplateSyntaxError as error:
+                wrong = f"{error.message} (line {error.lineno})"
+                raise JobError(f"{origin}: request.{name}: not a Jinja template: {wrong}") from None
+            except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
                 raise JobError(f"{origin}: request.{name}: not a Jinja template: {error}") from None
             if render is None:
                 self._fixed[name] = msgspec.Raw(msgspec.json.encode(value))
             else:
                 self._rendered.append((name, render))
-        # What varies as a whole is checked row by row; texts inside messages were checked with the job.
-        self._checked = {name for name, value in parameters.items() if is_template(value)}
+        # Parameters are no part of the prompt: only what is said counts in the estimate.
+        self._apart = sum(
+            len(name) + len(msgspec.json.encode(value)) + 4
+            for name, value in parameters.items()
+            if name in self._fixed and name not in ("messages", "prompt")
+        )
+        # What varies is checked row by row, but for texts inside messages: those were checked with the job.
+        varying = {name for name, _ in self._rendered}
+        self._checked = {name for name in varying if name != "messages" or is_template(parameters[name])}
         self._constants = parameters
         self.names = frozenset(names)
 
@@ -57,8 +70,10 @@ class Composer:
         if row.problem is not None:
             return Failure(Kind.BAD_INPUT, row.problem)
         fields = row.fields
-        if None in fields.values():
-            fields = {name: _Null(name=name) if value is None else value for name, value in fields.items()}
+        for value in fields.values():
+            if value is None or isinstance(value, _NESTING):
+                fields = {name: _guarded(value, name) for name, value in fields.items()}
+                break
         values = self._fixed.copy()
         name = "body"
         try:
@@ -67,7 +82,7 @@ class Composer:
                 if name in self._checked and (wrong := misfit(self._endpoint, name, value)):
                     return Failure(Kind.UNSENDABLE, wrong)
                 values[name] = value
-            body = msgspec.json.encode(values)
+            body = _encode(values)
         except UnicodeEncodeError:
             return Failure(Kind.UNSENDABLE, "the text holds a lone surrogate, which UTF-8 cannot carry")
         except Exception as error:  # whatever a template of the job's author raises is this row's failure
@@ -78,7 +93,7 @@ class Composer:
             row=row.position,
             model=cast(str, self._value("model", values)),
             body=body,
-            prompt_tokens=max(1, len(body) // BYTES_PER_TOKEN),
+            prompt_tokens=max(1, (len(body) - self._apart) // BYTES_PER_TOKEN),
             output_tokens=cast(int, cap) * cast(int, self._value("n", values) or 1),
             hash=hashlib.blake2b(body, digest_size=16).digest(),
             cache_key=cast(str | None, self._value("prompt_cache_key", values)),
@@ -108,20 +123,29 @@ class Composer:
             parts = [self._compile(item, names) for item in value]
             if not any(parts):
                 return None
-            # Texts that never change are encoded once: a long system prompt costs a row nothing but a copy.
-            constants = [msgspec.Raw(msgspec.json.encode(item)) for item in value]
+            # Messages that never change are encoded once: a long system prompt costs a row nothing but a copy.
+            constants = [msgspec.Raw(_encode(item)) if isinstance(item, _NESTING) else item for item in value]
             pairs = list(zip(parts, constants, strict=True))
             return lambda fields: [constant if render is None else render(fields) for render, constant in pairs]
         return None
 
     def _template(self, text: str, names: set[str]) -> _Render:
         environment = self._environment
-        names |= jinja2.meta.find_undeclared_variables(environment.parse(text)) - environment.globals.keys()
-        whole = _WHOLE.fullmatch(text)
-        if whole and "}}" not in whole[1]:
-            expression = environment.compile_expression(whole[1], undefined_to_none=False)
-            return lambda fields: _native(expression(fields))
-        template = environment.from_string(text)
+        tree = environment.parse(text)
+        if other := next(tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)), None):
+            raise jinja2.TemplateSyntaxError("there are no other templates to take in", other.lineno)
+        called = {call.node.name for call in tree.find_all(nodes.Call) if isinstance(call.node, nodes.Name)}
+        # A column may have the name of a function: `{{ range }}` is the column, `range(3)` the function.
+        unknown = jinja2.meta.find_undeclared_variables(self._bare.parse(text))
+        names |= unknown - (environment.globals.keys() & called)
+
+        sole = _sole_expression(environment.parse(text.strip()))
+        if sole is None:
+            template = environment.from_string(text)
+        else:
+            whole = nodes.Template([nodes.Assign(nodes.Name("result", "store"), sole, lineno=1)], lineno=1)
+            whole.set_environment(environment)
+            template = environment.from_string(whole)
         render = template.root_render_func
         # One context for all rows: making one costs 8 µs, more than the rendering.
         context = template.new_context()
@@ -130,11 +154,29 @@ class Composer:
             context.vars = dict(fields)
             return "".join(render(context))
 
-        return rendered
+        def native(fields: _Fields) -> object:
+            context.vars = dict(fields)
+            deque(render(context), 0)
+            return _native(context.vars["result"])
+
+        return rendered if sole is None else native
 
 
-class _NullError(jinja2.UndefinedError):
-    """A null stood where a text was needed."""
+def _sole_expression(tree: nodes.Template) -> nodes.Expr | None:
+    """The expression of a text that is nothing else."""
+    match tree.body:
+        case [nodes.Output(nodes=[expression])] if not isinstance(expression, nodes.TemplateData):
+            return expression
+    return None
+
+
+class _Unknown(jinja2.StrictUndefined):
+    """A name or a field that is not there: an error wherever it is used, and where a list that holds it is printed."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)  # raises
 
 
 class _Null(jinja2.Undefined):
@@ -142,10 +184,14 @@ class _Null(jinja2.Undefined):
 
     __slots__ = ()
 
-    def _refuse(self) -> NoReturn:
-        raise _NullError(f"{self._undefined_name or 'a value'} is null")
+    @property
+    def _undefined_message(self) -> str:
+        return f"{self._undefined_name} is null"
 
-    __str__ = __iter__ = __len__ = _refuse
+    def _refuse(self, *_: object) -> NoReturn:
+        self._fail_with_undefined_error()
+
+    __str__ = __repr__ = __iter__ = __len__ = __contains__ = _refuse
 
     def __eq__(self, other: object) -> bool:
         return other is None or isinstance(other, _Null)
@@ -154,26 +200,67 @@ class _Null(jinja2.Undefined):
         return hash(None)
 
 
-class _Environment(SandboxedEnvironment):
+_NESTING = (dict, list, tuple)
+
+
+def _guarded(value: object, name: str) -> object:
+    """The value with each null in it, however deep, replaced by one that knows its name and is never printed."""
+    if value is None:
+        return _Null(name=name)
+    if isinstance(value, dict):
+        return {key: item if item.__class__ is str else _guarded(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [item if item.__class__ is str else _guarded(item, name) for item in value]
+    if isinstance(value, tuple):
+        return tuple(_guarded(item, name) for item in value)
+    return value
+
+
+def _as_json(value: object) -> None:
+    """A null inside a structure is JSON's; all else that has no JSON is the row's failure."""
+    if isinstance(value, _Unknown):
+        str(value)  # raises
+    if not isinstance(value, _Null):
+        raise TypeError(f"a {type(value).__name__} has no place in JSON")
+
+
+_encode = msgspec.json.Encoder(enc_hook=_as_json).encode
+
+
+def _to_json(value: object, indent: int | None = None) -> str:
+    """The filter `tojson`: JSON as the body has it; Jinja's own is escaped for HTML."""
+    text = _encode(_native(value))
+    return (text if indent is None else msgspec.json.format(text, indent=indent)).decode()
+
+
+class _Environment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox; undefined names are errors, and so is printing a null, also one inside a column."""
 
     def __init__(self) -> None:
-        super().__init__(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_native)
+        super().__init__(undefined=_Unknown, keep_trailing_newline=True, finalize=_native)
         self.tests["none"] = lambda value: value is None or isinstance(value, _Null)
+        self.filters["tojson"] = _to_json
+        # One row makes one request, however often it is composed.
+        del self.filters["random"], self.globals["lipsum"]
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        value = super().getattr(obj, attribute)
-        return _Null(name=attribute) if value is None else value
+        """A column's field goes before a method of that name: `items`, `keys`, `count`."""
+        return obj[attribute] if isinstance(obj, dict) and attribute in obj else super().getattr(obj, attribute)
 
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        value = super().getitem(obj, argument)
-        return _Null(name=str(argument)) if value is None else value
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """What a method does not find is a null as well."""
+        value = super().call(context, obj, *args, **kwargs)
+        return _Null(name="what a call returned") if value is None else value
 
 
 def _native(value: object) -> object:
-    """The value as it is, for a text or a parameter; nulls and undefined names end here."""
+    """The value as it is, for a text or a parameter; what has no text of its own ends here."""
+    if value.__class__ is str:
+        return value
     if value is None:
-        raise _NullError("a value is null")
+        raise jinja2.UndefinedError("a value is null")
     if isinstance(value, jinja2.Undefined):
-        str(value)
+        str(value)  # raises
+    if callable(value) or isinstance(value, Iterator):
+        raise TypeError(f"a {type(value).__name__} is no value; call it, or make it a list")
     return value

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import msgspec
 
+UNIT = 0
+"""A plain job has one unit of rows; a sweep will have one per variant and sample."""
+
 
 class Kind(StrEnum):
     """Why an attempt, or a row, has no answer. The strings stand in the `kind` columns and do not change."""
@@ -272,14 +275,20 @@ class FileRecord(msgspec.Struct, frozen=True):
 class PartRecord(msgspec.Struct, frozen=True):
     """What the ledger knows of one range of rows.
 
-    `stop` is where its selected rows end; `place` is where the range starts in a JSONL input: file, byte, line.
+    The range's selected rows end before `stop`. Rows before `settled` are done and dropped from the ledger: they
+    stand in `files` alone. `place` is where the range starts in a JSONL input: file, byte, line.
     """
 
-    complete: bool
     stop: int
+    settled: int
     place: tuple[int, int, int] | None = None
     totals: Totals = msgspec.field(default_factory=Totals)
     files: tuple[FileRecord, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all selected rows are done and published."""
+        return self.settled >= self.stop
 
 
 class Snapshot(NamedTuple):
@@ -301,7 +310,7 @@ class Snapshot(NamedTuple):
     cost_usd: float | None
     seconds: float
     phase: str
-    """running, draining, publishing."""
+    """running, draining, publishing; at the end the summary's state."""
 
 
 class Summary(msgspec.Struct, kw_only=True):
