@@ -17,6 +17,8 @@ CAPACITY = wait_exponential_jitter(initial=1, max=60, jitter=1)
 
 MAX_REQUEUES = 200
 """Times that a row is sent back without being charged for it: refusals that are no fault of its own."""
+LONGEST_WAIT = 3600.0
+"""Seconds: who asks for more is believed this far, or pauses the run."""
 
 
 class Rule(NamedTuple):
@@ -34,19 +36,19 @@ class Rule(NamedTuple):
 
 _ALWAYS = 1_000_000
 RULES: Mapping[Kind, Rule] = {
-    Kind.RATE_LIMITED: Rule(_ALWAYS, BACK_OFF, charged=False, cost=0),
-    Kind.DAY_QUOTA: Rule(_ALWAYS, BACK_OFF, charged=False, cost=0),
-    Kind.NO_CREDIT: Rule(_ALWAYS, BACK_OFF, charged=False, cost=0),
-    Kind.OVERLOADED: Rule(_ALWAYS, CAPACITY, charged=False, cost=0),
+    Kind.RATE_LIMITED: Rule(MAX_REQUEUES, BACK_OFF, charged=False, cost=0),
+    Kind.DAY_QUOTA: Rule(MAX_REQUEUES, BACK_OFF, charged=False, cost=0),
+    Kind.NO_CREDIT: Rule(MAX_REQUEUES, BACK_OFF, charged=False, cost=0),
+    Kind.OVERLOADED: Rule(MAX_REQUEUES, CAPACITY, charged=False, cost=0),
     Kind.SERVER_ERROR: Rule(3, BACK_OFF),
     Kind.UNAVAILABLE: Rule(_ALWAYS, BACK_OFF),
     Kind.REQUEST_TIMEOUT: Rule(_ALWAYS, BACK_OFF, cost=10),
     Kind.CONFLICT: Rule(_ALWAYS, BACK_OFF),
-    # Nothing was sent: the row is not to blame, and the breaker keeps these from being many.
+    # Nothing was sent: the row is not to blame, and the breaker and the run's patience keep these from being many.
     Kind.DNS: Rule(_ALWAYS, CAPACITY, charged=False, cost=2),
     Kind.CONNECTION: Rule(_ALWAYS, BACK_OFF, charged=False, cost=2),
     Kind.CONNECT_TIMEOUT: Rule(_ALWAYS, BACK_OFF, charged=False, cost=2),
-    Kind.LOCAL_RESOURCES: Rule(_ALWAYS, BACK_OFF, charged=False, cost=0),
+    Kind.LOCAL_RESOURCES: Rule(MAX_REQUEUES, BACK_OFF, charged=False, cost=0),
     Kind.STALE_CONNECTION: Rule(_ALWAYS, AT_ONCE, cost=2),
     Kind.DISCONNECTED: Rule(_ALWAYS, BACK_OFF, cost=10),
     Kind.TIMEOUT: Rule(3, BACK_OFF, cost=10),
@@ -56,7 +58,7 @@ RULES: Mapping[Kind, Rule] = {
     Kind.NOT_JSON: Rule(1, CAPACITY),
     Kind.REDIRECT: Rule(2, BACK_OFF),
     Kind.NOT_FOUND: Rule(2, BACK_OFF),
-    Kind.UNAUTHORIZED: Rule(_ALWAYS, CAPACITY, charged=False, cost=0),
+    Kind.UNAUTHORIZED: Rule(MAX_REQUEUES, CAPACITY, charged=False, cost=0),
 }
 """Kinds that are not named here end their row at once. INVALID_OUTPUT's limit is the job's."""
 
@@ -76,10 +78,10 @@ def decide(failure: Failure, tried: Mapping[Kind, int], max_attempts: int, max_i
         return None
     free_stale = 1 if Kind.STALE_CONNECTION in tried else 0
     charged = sum(n for k, n in tried.items() if k not in RULES or RULES[k].charged) - free_stale
-    if charged >= max_attempts or sum(tried.values()) - charged > MAX_REQUEUES:
+    if charged >= max_attempts:
         return None
     if failure.retry_after is not None:
-        stated = min(failure.retry_after, 3600.0)
+        stated = min(failure.retry_after, LONGEST_WAIT)
         return Again(stated + random.uniform(0, min(5.0, stated / 10)), rule.cost)
     state = cast(RetryCallState, SimpleNamespace(attempt_number=tried[kind]))
     return Again(rule.wait(state), rule.cost)
@@ -87,6 +89,7 @@ def decide(failure: Failure, tried: Mapping[Kind, int], max_attempts: int, max_i
 
 _ROWS_OWN = {"context_length_exceeded", "content_filter", "content_policy_violation", "string_above_max_length"}
 _REFUSALS = {Kind.REJECTED, Kind.FORBIDDEN, Kind.NOT_FOUND, Kind.MODEL_NOT_FOUND, Kind.NOT_SERVED}
+_PAGES = {Kind.NOT_JSON, Kind.TLS, Kind.REDIRECT}
 _HOPELESS = {Kind.CERTIFICATE, Kind.PROXY}
 _UNLESS_ANSWERED = {Kind.FORBIDDEN, Kind.NOT_FOUND, Kind.MODEL_NOT_FOUND, Kind.NOT_SERVED, Kind.REDIRECT}
 REFUSALS_AT_FIRST = 20
@@ -104,21 +107,20 @@ class Guard:
     is a failure.
     """
 
-    def __init__(self, answered_before: bool) -> None:
-        self._answered = answered_before
-        self._streak: tuple[object, ...] = ()
-        self._length = 0
-        self._rows: set[int] = set()
+    def __init__(self) -> None:
+        self._answered = False
+        self._refusal: tuple[object, ...] = ()
+        self._refusals = 0
+        self._misled: set[int] = set()
         self._refused_key = 0
         self.key_paused_until = 0.0
         """A key that worked was refused: nothing goes before this moment."""
 
     def answered(self) -> None:
-        """A row was answered."""
+        """A row was answered, now or by an earlier run."""
         self._answered = True
-        self._length = self._refused_key = 0
-        self._streak = ()
-        self._rows.clear()
+        self._refusals = self._refused_key = 0
+        self._misled.clear()
 
     def holds(self, failure: Failure) -> bool:
         """Whether a row that ends with this failure must wait to be called failed."""
@@ -130,25 +132,25 @@ class Guard:
         if kind in _HOPELESS or (kind in _UNLESS_ANSWERED and not self._answered):
             return ServiceError(_sentence(failure))
         if kind is Kind.NO_CREDIT:
-            return PausedError(f"the account has no credit left: {failure.message}\nrun the same command again later")
-        if kind is Kind.DAY_QUOTA:
+            return PausedError(
+                f"the account has no credit left: {_line(failure)}\nrun the same command again when it has"
+            )
+        if kind is Kind.DAY_QUOTA and (failure.retry_after is None or failure.retry_after > LONGEST_WAIT):
             when = f" for {failure.retry_after / 3600:.1f} h" if failure.retry_after else ""
-            return PausedError(f"the day's quota is used up{when}: {failure.message}\nrun the same command again then")
+            return PausedError(f"the day's quota is used up{when}: {_line(failure)}\nrun the same command again then")
         if kind is Kind.UNAUTHORIZED:
             return self._key_refused(failure, now)
-        streak = (kind, failure.code)
-        if streak != self._streak:
-            self._streak, self._length = streak, 0
-            self._rows.clear()
-        if kind in (Kind.NOT_JSON, Kind.TLS, Kind.REDIRECT):
-            self._rows.add(row)
-            if len(self._rows) >= PAGES_IN_A_ROW:
+        if kind in _PAGES:
+            self._misled.add(row)
+            if len(self._misled) >= PAGES_IN_A_ROW:
                 return PausedError(f"{_sentence(failure)}\nrun the same command again when that has been mended")
-        elif self.holds(failure):
-            self._length += 1
-            if self._length >= (REFUSALS_IN_A_ROW if self._answered else REFUSALS_AT_FIRST):
+        elif kind in _REFUSALS:
+            refusal = (kind, failure.code)
+            self._refusals = self._refusals + 1 if refusal == self._refusal else 1
+            self._refusal = refusal
+            if self.holds(failure) and self._refusals >= (REFUSALS_IN_A_ROW if self._answered else REFUSALS_AT_FIRST):
                 return ServiceError(
-                    f"{self._length} rows in a row were refused alike, so the run ends with them pending: "
+                    f"{self._refusals} rows in a row were refused alike, so the run ends with them pending: "
                     f"{_sentence(failure)}"
                 )
         return None
@@ -159,8 +161,15 @@ class Guard:
         self._refused_key += 1
         if self._refused_key > (len(PROBES) if self._answered else UNAUTHORIZED_AT_FIRST - 1):
             return ServiceError(_sentence(failure))
-        self.key_paused_until = now + (PROBES[self._refused_key - 1] if self._answered else 0)
+        if self._answered:
+            self.key_paused_until = now + PROBES[self._refused_key - 1]
         return None
+
+
+def _line(failure: Failure) -> str:
+    """The service's own words, fit for one line."""
+    text = " ".join(failure.message.split())
+    return text if len(text) <= 300 else text[:299] + "…"
 
 
 def _sentence(failure: Failure) -> str:
@@ -172,4 +181,4 @@ def _sentence(failure: Failure) -> str:
         Kind.REDIRECT: "; put the address it names into service.base_url",
         Kind.CERTIFICATE: "; check service.base_url and this machine's certificates",
     }
-    return f"the service refuses{status}: {failure.message}{hints.get(failure.kind, '')}"
+    return f"the service refuses{status}: {_line(failure)}{hints.get(failure.kind, '')}"
