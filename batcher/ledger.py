@@ -4,11 +4,15 @@ import asyncio
 import fcntl
 import os
 import queue
+import re
+import shutil
 import sqlite3
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -21,7 +25,9 @@ from batcher.records import Attempt, Kind, Outcome, PartRecord
 
 FORMAT = 1
 GATHER = 0.03
-"""Seconds that answers gather before they are committed together: a sync costs as much for one as for hundreds."""
+GATHER_IDLE = 0.001
+"""Seconds that answers gather before they are committed together, while the process is busy and while it is not:
+a commit costs as much as 40 rows in it, which matters only when the processor is what is scarce."""
 RESERVE_BYTES = 16 << 20
 """Kept free for the answers that are still in flight when the disk fills up."""
 
@@ -42,6 +48,7 @@ _LOCAL_FUSE = {"fuseblk", "fuse.ext2", "fuse.ntfs", "fuse.exfat"}
 
 _encode_attempt = msgspec.msgpack.Encoder().encode
 _decode_attempt = msgspec.msgpack.Decoder(Attempt).decode
+_decode_part = msgspec.msgpack.Decoder(PartRecord).decode
 _T = TypeVar("_T")
 
 
@@ -69,49 +76,56 @@ class Ledger:
         self._queue: queue.SimpleQueue[_Batch | _Write | None] = queue.SimpleQueue()
         self._gathered: list[Attempt] = []
         self._gathered_bytes = 0
+        self._gather = GATHER_IDLE
+        self._measured = (0.0, 0.0)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped = threading.Event()
         refuse_network_file_system(path.parent)
-        try:
-            with closing(self._connect()) as db:
-                db.executescript(_SCHEMA)
-        except sqlite3.Error as error:
-            raise _storage_error(path, error) from None
-        version = self.meta("format")
+        version = self._format() if path.exists() else None
+        if version is not None and version > FORMAT:
+            raise StorageError(f"{path}: written by a newer batcher (format {version}); use that one")
+        with self._open() as db:
+            db.executescript(_SCHEMA)
         if version is None:
             self.set_meta({"format": str(FORMAT).encode()})
-        elif int(version) > FORMAT:
-            raise StorageError(f"{path}: written by a newer batcher (format {int(version)}); use that one")
 
     # What is known
 
+    def _format(self) -> int | None:
+        """The format of the file that is there; looking changes nothing in it."""
+        with _told_as_storage_errors(self.path):
+            with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+                if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
+                    return None
+                found = db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
+            return int(found[0]) if found else None
+
     def meta(self, key: str) -> bytes | None:
         """A value kept for the whole output."""
-        with closing(self._connect()) as db:
+        with self._open() as db:
             found = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return found[0] if found else None
 
     def set_meta(self, values: dict[str, bytes]) -> None:
-        """Keep values for the whole output; durable when this returns."""
-        try:
-            with closing(self._connect()) as db, db:
-                db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
-        except sqlite3.Error as error:
-            raise _storage_error(self.path, error) from None
+        """Keep values for the whole output, all or none; durable when this returns."""
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
+            db.execute("COMMIT")
 
     def parts(self, unit: int) -> dict[int, PartRecord]:
         """What is known of every range that was ever opened."""
-        with closing(self._connect()) as db:
+        with self._open() as db:
             rows = db.execute("SELECT part, record FROM parts WHERE unit = ? ORDER BY part", (unit,)).fetchall()
-        return {part: msgspec.msgpack.decode(record, type=PartRecord) for part, record in rows}
+            return {part: msgspec.msgpack.decode(record, type=PartRecord) for part, record in rows}
 
     def progress(self, unit: int, start: int, stop: int) -> Progress:
         """Which rows of [start, stop) are done, and how the others failed so far."""
         done: set[int] = set()
         failed = 0
         tried: dict[int, tuple[int, dict[Kind, int]]] = {}
-        with closing(self._connect()) as db:
+        with self._open() as db:
             for row, attempt, outcome, kind in db.execute(
                 "SELECT row, attempt, outcome, kind FROM attempts WHERE unit = ? AND row >= ? AND row < ?"
                 " ORDER BY row, attempt",
@@ -127,13 +141,13 @@ class Ledger:
 
     def undecided(self) -> list[Attempt]:
         """Answers that were recorded by a run that died before it had decided what they are."""
-        with closing(self._connect()) as db:
+        with self._open() as db:
             rows = db.execute("SELECT record FROM attempts WHERE outcome IS NULL").fetchall()
-        return [_decode_attempt(record) for (record,) in rows]
+            return [_decode_attempt(record) for (record,) in rows]
 
     def attempts(self, unit: int, start: int, stop: int) -> Iterator[Attempt]:
         """The recorded attempts of rows [start, stop), by row and attempt, as one consistent view."""
-        with closing(self._connect()) as db:
+        with self._open() as db:
             for (record,) in db.execute(
                 "SELECT record FROM attempts WHERE unit = ? AND row >= ? AND row < ? ORDER BY row, attempt",
                 (unit, start, stop),
@@ -158,13 +172,15 @@ class Ledger:
             ) from None
         self._loop = asyncio.get_running_loop()
         self._on_durable, self._on_trouble = on_durable, on_trouble
-        self._thread = threading.Thread(target=self._write, name="ledger", daemon=True)
+        with _told_as_storage_errors(self.path):
+            db = self._connect()
+        self._thread = threading.Thread(target=self._write, args=(db,), name="ledger", daemon=True)
         self._thread.start()
 
     def record(self, attempt: Attempt) -> None:
         """Queue an attempt; it is durable when the callback names it.
 
-        It may still be changed until this turn of the event loop ends.
+        It may still be changed until this turn of the event loop ends, or until it is handed over.
         """
         self._gathered.append(attempt)
         size = len(attempt.body) if attempt.body else 0
@@ -172,10 +188,19 @@ class Ledger:
         self.backlog += size
         if len(self._gathered) == 1:
             assert self._loop is not None
-            self._loop.call_later(GATHER, self._hand_over)
-        elif self._gathered_bytes > 4 << 20:
-            assert self._loop is not None
-            self._loop.call_soon(self._hand_over)
+            self._loop.call_later(self._gather, self.hand_over)
+
+    @property
+    def gathered(self) -> int:
+        """Attempts that are not handed over yet."""
+        return len(self._gathered)
+
+    def hand_over(self) -> None:
+        """Let the writer have what has gathered."""
+        if self._gathered:
+            self._queue.put(_Batch(self._gathered, self._gathered_bytes))
+            self._gathered, self._gathered_bytes = [], 0
+            self._judge_load()
 
     def open_part(self, unit: int, part: int, record: PartRecord) -> None:
         """Queue what is known of a range that is being opened."""
@@ -198,7 +223,7 @@ class Ledger:
 
     async def flush(self) -> None:
         """Return when everything that was queued before is durable. Raises StorageError when it cannot be."""
-        self._hand_over()
+        self.hand_over()
         done: Future[None] = Future()
         self._queue.put(_Write(lambda db: None, done))
         await asyncio.wrap_future(done)
@@ -210,21 +235,24 @@ class Ledger:
     def close(self) -> None:
         """Write what is queued, fold the journal into the file, and let go."""
         if self._thread is not None:
-            self._hand_over()
+            self.hand_over()
             self._queue.put(None)
             self._thread.join()
             self._thread = None
         self._reserve.unlink(missing_ok=True)
 
-    def _hand_over(self) -> None:
-        if self._gathered:
-            self._queue.put(_Batch(self._gathered, self._gathered_bytes))
-            self._gathered, self._gathered_bytes = [], 0
+    def _judge_load(self) -> None:
+        """Gather longer when this process was busy for most of the time since it was last asked."""
+        wall, cpu = time.monotonic(), time.process_time()
+        passed = wall - self._measured[0]
+        if passed > 0.05:
+            self._gather = GATHER if cpu - self._measured[1] > 0.7 * passed else GATHER_IDLE
+            self._measured = (wall, cpu)
 
-    def _write(self) -> None:
+    def _write(self, db: sqlite3.Connection) -> None:
         """The writer thread: commit whatever has queued up, then tell the loop."""
-        db = self._connect()
         ending = False
+        refused: StorageError | None = None
         while not ending:
             items = [self._queue.get()]
             with suppress(queue.Empty):
@@ -232,11 +260,13 @@ class Ledger:
                     items.append(self._queue.get_nowait())
             work = [item for item in items if item is not None]
             ending = len(work) < len(items)
-            refused = self._commit(db, work)
+            refused = refused or self._commit(db, work)  # after a gap nothing may pass for durable
             for item in work:
                 if isinstance(item, _Batch):
                     if refused is None:
                         self._tell(self._durable, item)
+                elif not item.done.set_running_or_notify_cancel():
+                    pass  # whoever waited has gone
                 elif refused is None:
                     item.done.set_result(None)
                 else:
@@ -263,7 +293,7 @@ class Ledger:
                 killpoint("commit.inside")
                 db.execute("COMMIT")
                 killpoint("commit.after")
-            except sqlite3.Error as error:
+            except Exception as error:  # whatever it is: a writer that died unheard would leave the run waiting
                 with suppress(sqlite3.Error):
                     db.execute("ROLLBACK")
                 trouble = _storage_error(self.path, error)
@@ -285,13 +315,58 @@ class Ledger:
         with suppress(RuntimeError):  # the loop is gone: nobody is left to be told
             self._loop.call_soon_threadsafe(callback, value)
 
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        with _told_as_storage_errors(self.path), closing(self._connect()) as db:
+            yield db
+
     def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
+        db = sqlite3.connect(self.path, isolation_level=None, timeout=30, check_same_thread=False)
         # Pages of 16 KiB hold whole answers; overwriting what is dropped would cost more than recording it.
         db.executescript(
             "PRAGMA page_size=16384; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA secure_delete=OFF;"
         )
         return db
+
+
+@contextmanager
+def open_read_only(path: Path) -> Iterator[sqlite3.Connection]:
+    """A ledger to read from, left as it is, also when a killed run left its journal behind. Raises StorageError."""
+    journal, index = path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")
+    if not path.is_file():
+        raise StorageError(f"{path}: the ledger is gone; put it back, or start anew in another output folder")
+    with tempfile.TemporaryDirectory() as elsewhere:
+        if not journal.is_file() or not journal.stat().st_size:
+            how = "immutable=1"
+        elif index.is_file():
+            how = "mode=ro&readonly_shm=1"
+        else:  # SQLite reads a journal through its index only, and would make one here
+            for file in (path, journal):
+                shutil.copy(file, elsewhere)
+            path, how = Path(elsewhere, path.name), "mode=ro"
+        try:
+            with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)) as db:
+                yield db
+        except sqlite3.Error as error:
+            raise StorageError(f"{path}: cannot be read: {error}") from None
+
+
+def parts_of(ledger: sqlite3.Connection, unit: int) -> Iterator[tuple[int, PartRecord]]:
+    """What a ledger knows of every range that was ever opened, in order. Raises StorageError."""
+    for part, record in ledger.execute("SELECT part, record FROM parts WHERE unit = ? ORDER BY part", (unit,)):
+        try:
+            yield part, _decode_part(record)
+        except msgspec.DecodeError:
+            raise StorageError(f"the ledger's record of part {part} is damaged; start anew in another output") from None
+
+
+def done_rows(ledger: sqlite3.Connection, unit: int, start: int, stop: int) -> list[int]:
+    """Rows of [start, stop) whose outcome the ledger still holds, in order."""
+    rows = ledger.execute(
+        "SELECT DISTINCT row FROM attempts WHERE unit = ? AND row >= ? AND row < ? AND outcome IN (?, ?) ORDER BY row",
+        (unit, start, stop, Outcome.ANSWERED, Outcome.FAILED),
+    )
+    return [row for (row,) in rows]
 
 
 class _Batch:
@@ -352,9 +427,9 @@ def refuse_network_file_system(folder: Path, mounts: str | None = None) -> None:
     best: tuple[int, str] = (-1, "")
     for line in mounts.splitlines():
         left, _, right = line.partition(" - ")
-        point = left.split()[4].replace("\\040", " ")
-        if place == point or place.startswith(point.rstrip("/") + "/"):
-            best = max(best, (len(point), right.split()[0]), key=lambda found: found[0])
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), left.split()[4])
+        if (place == point or place.startswith(point.rstrip("/") + "/")) and len(point) >= best[0]:
+            best = (len(point), right.split()[0])  # of two mounts on one point the later covers the earlier
     kind = best[1]
     if kind in _NETWORK or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE):
         raise StorageError(
@@ -363,14 +438,35 @@ def refuse_network_file_system(folder: Path, mounts: str | None = None) -> None:
         )
 
 
-def _storage_error(path: Path, error: sqlite3.Error) -> StorageError:
-    text = str(error)
-    if "disk is full" in text or "disk I/O error" in text:
-        free = os.statvfs(path.parent)
-        if free.f_bavail * free.f_frsize < RESERVE_BYTES or "full" in text:
-            return StorageError(f"{path.parent}: no space left on the device; free some and run the same command again")
+@contextmanager
+def _told_as_storage_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _storage_error(path, error) from None
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def _free(folder: Path) -> int:
+    try:
+        free = os.statvfs(folder)
+    except OSError:
+        return RESERVE_BYTES
+    return free.f_bavail * free.f_frsize
+
+
+def _damaged(path: Path, error: Exception) -> StorageError:
+    reason = " ".join(str(error).split())
+    return StorageError(f"{path}: is damaged ({reason}); restore it, or start anew in another output folder")
+
+
+def _storage_error(path: Path, error: Exception) -> StorageError:
+    text = " ".join(str(error).split())
+    if "disk is full" in text or ("disk I/O error" in text and _free(path.parent) < RESERVE_BYTES):
+        return StorageError(f"{path.parent}: no space left on the device; free some and run the same command again")
     if "readonly" in text or "unable to open" in text:
         return StorageError(f"{path}: cannot be written; check the folder's permissions")
     if "malformed" in text or "not a database" in text:
-        return StorageError(f"{path}: is damaged ({text}); restore it, or start anew in another output folder")
+        return _damaged(path, error)
     return StorageError(f"{path}: {text}")

@@ -3,11 +3,13 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -96,8 +98,9 @@ _REPETITIVE = [
     *("kind", "type", "code", "status", "tier", "attempts", "attempt"),
 ]
 _LONG = {"response", "reasoning", "raw", "body", "message", "request_hash", "response_id"}
-NAMES = {"row", "id", "parsed", "tool_calls", "choices", "altered", "raw", *(name for name, _ in _TEXT)} | {
-    name for name, _ in (*_ANSWER, *_FAILURE)
+NAMES = {
+    *("row", "id", "parsed", "tool_calls", "choices", "logprobs", "reasoning_logprobs", "tokens", "altered", "raw"),
+    *(name for name, _ in (*_TEXT, *_ANSWER, *_FAILURE)),
 }
 """Every column name that is ours, now or in a later version of a job: kept columns give way to them."""
 
@@ -127,8 +130,15 @@ class Shape(NamedTuple):
     def input_columns(self) -> list[pa.Field]:
         """`row`, `id` and the kept columns, as they stand in every part."""
         identity = self.kept.field(self.id).type if self.id else pa.int64()
-        kept = [self.kept.field(name).with_name(f"input_{name}" if name in NAMES else name) for name in self.keep]
+        kept = [self.kept.field(name).with_name(self._renamed(name)) for name in self.keep]
         return [pa.field("row", pa.int64()), pa.field("id", identity), *kept]
+
+    def _renamed(self, name: str) -> str:
+        """A kept column's name in the output: with `input_` before it where it is one of ours, until it is free."""
+        taken: set[str] = NAMES
+        while name in taken:
+            name, taken = f"input_{name}", NAMES | {*self.keep}
+        return name
 
     def responses(self) -> pa.Schema:
         """The columns of `responses`."""
@@ -196,11 +206,15 @@ class Sink:
 
         `kept` are the input's columns over `rows`. Returns the part's sums and its files.
         """
+        writers: dict[str, pq.ParquetWriter] = {}
         try:
-            return self._publish(part, rows, attempts, kept, former)
-        except (OSError, pa.ArrowInvalid) as error:
-            for name in self._schemas:
-                (self._workshop / f"{name}-{part:06d}").unlink(missing_ok=True)
+            return self._publish(writers, part, rows, attempts, kept, former)
+        except BaseException as error:
+            with suppress(OSError):
+                for name, writer in writers.items():
+                    with suppress(OSError):
+                        writer.close()
+                    (self._workshop / f"{name}-{part:06d}").unlink(missing_ok=True)
             if isinstance(error, OSError):
                 why = error.strerror or str(error)
                 raise StorageError(f"{self.folder}: part {part} cannot be written: {why}; run again") from None
@@ -208,6 +222,7 @@ class Sink:
 
     def _publish(
         self,
+        writers: dict[str, pq.ParquetWriter],
         part: int,
         rows: range,
         attempts: Iterator[Attempt],
@@ -215,43 +230,56 @@ class Sink:
         former: Sequence[str],
     ) -> tuple[Totals, tuple[FileRecord, ...]]:
         totals = Totals()
-        input_rows = _Ahead(kept)
-        old = {name: _Ahead(self._former(name, part, former)) for name in self._schemas}
-        writers: dict[str, pq.ParquetWriter] = {}
-        counts = dict.fromkeys(self._schemas, 0)
-        for _start, stop, tables in self._row_groups(rows, attempts, input_rows):
+        beside = _Ahead(kept, self._shape.kept.append(pa.field(ALTERED, pa.bool_())))
+        old = {name: _Ahead(self._former(name, part, former), schema) for name, schema in self._schemas.items()}
+
+        def write(name: str, table: pa.Table) -> None:
+            if name not in writers:
+                writers[name] = self._writer(name, part)
+            if table.num_rows:
+                writers[name].write_table(table)
+                _count(totals, name, table)
+
+        write("responses", self._schemas["responses"].empty_table())  # the part of a range is there, answered or not
+        for group in self._row_groups(attempts, beside):
+            tables = self._tables(group, beside.rows(group.start - rows.start, group.stop - rows.start))
             for name, table in tables.items():
-                merged = self._merge(name, old[name].until(stop), table, tables)
-                if not merged.num_rows and (name != "responses" or name in writers):
-                    continue
-                if name not in writers:
-                    writers[name] = self._writer(name, part)
-                writers[name].write_table(merged)
-                counts[name] += merged.num_rows
-                _count(totals, name, merged)
+                for before in old[name].until(group.start):
+                    write(name, before)
+                merged = self._merge(name, list(old[name].until(group.stop)), table, tables)
+                if merged.num_rows:
+                    write(name, merged)
+        for name in self._schemas:
+            for after in old[name].until(rows.stop):
+                write(name, after)
         for writer in writers.values():
             writer.close()
+        counts = {"responses": totals.answered, "failures": totals.failed, "attempts": totals.attempts}
         files = tuple(self._place(name, part, counts[name]) for name in writers)
         for name in self._schemas.keys() - writers.keys():
-            (self.folder / _file(name, part)).unlink(missing_ok=True)
+            self._remove(name, part)
         return totals, files
 
-    def _row_groups(
-        self, rows: range, attempts: Iterator[Attempt], input_rows: "_Ahead"
-    ) -> Iterator[tuple[int, int, dict[str, pa.Table]]]:
-        """The part's new rows as tables, in row groups [start, stop) bounded by rows and bytes."""
-        start = rows.start
-        group = _Group()
+    def _row_groups(self, attempts: Iterator[Attempt], beside: "_Ahead") -> Iterator["_Group"]:
+        """The part's new rows, in groups bounded by rows and bytes."""
+        group: _Group | None = None
         for row, tried in groupby(attempts, key=attrgetter("row")):
-            if group.bytes >= ROW_GROUP_BYTES or row - start >= ROW_GROUP_ROWS:
-                yield start, row, self._tables(group, start, input_rows.rows(row - start))
-                start, group = row, _Group()
+            if group is not None:
+                rows = row - group.start
+                if rows >= ROW_GROUP_ROWS or group.bytes + rows * beside.row_bytes >= ROW_GROUP_BYTES:
+                    yield group
+                    group = None
+            if group is None:
+                group = _Group(row)
             self._add(group, row, list(tried))
-        yield start, rows.stop, self._tables(group, start, input_rows.rows(rows.stop - start))
+        if group is not None:
+            yield group
 
     def _add(self, group: "_Group", row: int, tried: list[Attempt]) -> None:
         """Sort one row's attempts into its group."""
-        billed_prompt = billed_completion = 0
+        group.stop = row + 1
+        billed_prompt: int | None = 0
+        billed_completion: int | None = 0
         cost: float | None = 0.0
         answer: Answer | Failure | None = None
         for attempt in tried:
@@ -277,16 +305,20 @@ class Sink:
                         attempt.retry_after,
                     )
                 )
+            prompt: int | None
+            completion: int | None
             if told is not None:
-                prompt, completion = told.prompt_tokens or 0, told.completion_tokens or 0
+                prompt, completion = told.prompt_tokens, told.completion_tokens
             elif attempt.paid:
-                # It may be on the bill, and nobody said with how much: the most it can be.
-                prompt, completion = attempt.prompt_tokens, attempt.output_tokens
+                # It may be on the bill, and nobody said with how much: the most it can be, where there is a most.
+                prompt, completion = attempt.prompt_tokens, attempt.output_tokens or None
             else:
                 continue
-            billed_prompt += prompt
-            billed_completion += completion
-            price = self._cost(attempt.model, prompt, (told and told.cached_tokens) or 0, completion)
+            billed_prompt = _sum(billed_prompt, prompt)
+            billed_completion = _sum(billed_completion, completion)
+            price: float | None = None
+            if prompt is not None and completion is not None:
+                price = self._cost(attempt.model, prompt, (told and told.cached_tokens) or 0, completion)
             cost = None if cost is None or price is None else cost + price
         last = tried[-1]
         group.bytes += len(last.body or b"") + 600
@@ -328,7 +360,7 @@ class Sink:
             group.failed.append(row)
             group.failures.append((last.kind, last.status, last.type, last.code, last.message, *paid, last.body))
 
-    def _tables(self, group: "_Group", start: int, kept: pa.Table) -> dict[str, pa.Table]:
+    def _tables(self, group: "_Group", kept: pa.Table) -> dict[str, pa.Table]:
         """One group's tables, with the input's columns beside the answers."""
         altered: set[int] = set()
         columns = _columns(group.responses, [*_TEXT, *_ANSWER, *_PAID], altered)
@@ -341,14 +373,14 @@ class Sink:
             parsed = [column]
             altered.update(changed)
         choices = [_choices(group.answers, altered)] if self._shape.choices else []
-        beside = self._beside(kept, group.answered, start)
+        raw = [_texts(group.bodies, altered)] if self._shape.raw else []
+        beside = self._beside(kept, group.answered, group.start)
         changed_input = beside.pop().to_pylist()
         flags = pa.array([index in altered or changed_input[index] for index in range(len(group.answered))], pa.bool_())
-        raw = [pa.array([_text(body) for body in group.bodies], pa.string())] if self._shape.raw else []
         responses = pa.Table.from_arrays(
             [*beside, response, *parsed, reasoning, *choices, *others, flags, *raw], schema=self._schemas["responses"]
         )
-        beside = self._beside(kept, group.failed, start)[:-1]
+        beside = self._beside(kept, group.failed, group.start)[:-1]
         failures = pa.Table.from_arrays(
             [*beside, *_columns(group.failures, _FAILURE, set())], schema=self._schemas["failures"]
         )
@@ -363,10 +395,11 @@ class Sink:
         identity = chosen.column(self._shape.id) if self._shape.id else positions
         return [positions, identity, *(chosen.column(name) for name in self._shape.keep), chosen.column(ALTERED)]
 
-    def _merge(self, name: str, old: pa.Table | None, new: pa.Table, tables: dict[str, pa.Table]) -> pa.Table:
+    def _merge(self, name: str, former: list[pa.Table], new: pa.Table, tables: dict[str, pa.Table]) -> pa.Table:
         """New rows and those of the former self that they do not replace."""
-        if old is None or not old.num_rows:
+        if not former:
             return new
+        old = pa.concat_tables(former)
         if name == "attempts":
             tried = {(row, attempt) for row, attempt in _pairs(new)}
             old = old.filter(pa.array([pair not in tried for pair in _pairs(old)], pa.bool_()))
@@ -377,9 +410,23 @@ class Sink:
         return pa.concat_tables([old, new]).sort_by(order if name == "attempts" else order[:1])
 
     def _former(self, name: str, part: int, former: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        if _file(name, part) in former:
-            with pq.ParquetFile(self.folder / _file(name, part), pre_buffer=False) as file:
-                yield from file.iter_batches(batch_size=ROW_GROUP_ROWS)
+        if _file(name, part) not in former:
+            return
+        path = self.folder / _file(name, part)
+        try:
+            with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
+                left = file.metadata.num_rows
+                for group in range(file.num_row_groups):
+                    for batch in file.iter_batches(ROW_GROUP_ROWS, row_groups=[group]):
+                        left -= batch.num_rows
+                        yield batch
+                if left:  # Arrow passes over a page whose header is damaged
+                    raise pa.ArrowInvalid(f"{left} rows are not there")
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = " ".join(str(error).split())
+            raise StorageError(
+                f"{path}: its rows are nowhere else, and it cannot be read ({reason}); restore it"
+            ) from None
 
     def _writer(self, name: str, part: int) -> pq.ParquetWriter:
         schema = self._schemas[name]
@@ -407,11 +454,18 @@ class Sink:
         killpoint(f"{name}.placed")
         return FileRecord(_file(name, part), rows, size, digest)
 
+    def _remove(self, name: str, part: int) -> None:
+        """Take away a file that has no rows left, for good."""
+        with suppress(FileNotFoundError):
+            (self.folder / _file(name, part)).unlink()
+            _sync_folder(self.folder / name)
+
 
 class _Group:
-    """One row group in the making: columns as tuples per row."""
+    """One row group in the making, of the rows from `start` to before `stop`: columns as tuples per row."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: int) -> None:
+        self.start = self.stop = start
         self.bytes = 0
         self.answered: list[int] = []
         self.answers: list[Answer] = []
@@ -423,40 +477,49 @@ class _Group:
 
 
 class _Ahead:
-    """Batches read no further than asked."""
+    """Batches in order of row, read no further than asked, and let go when they are given out."""
 
-    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
+    def __init__(self, batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> None:
         self._batches = batches
-        self._rest: pa.Table | None = None
+        self._gone = 0
+        self._rest = schema.empty_table()
+        self.row_bytes = 0.0
+        """What a row of the newest batch takes."""
+        self._more()
 
-    def rows(self, count: int) -> pa.Table:
-        """The next `count` rows."""
-        while self._rest is None or self._rest.num_rows < count:
-            batch = next(self._batches, None)
-            if batch is None:
-                break
-            table = pa.Table.from_batches([batch])
-            self._rest = table if self._rest is None else pa.concat_tables([self._rest, table])
-        if self._rest is None:
-            return pa.table({ALTERED: pa.array([], pa.bool_())})
-        taken, self._rest = self._rest.slice(0, count), self._rest.slice(count)
-        return taken
+    def rows(self, start: int, stop: int) -> pa.Table:
+        """The rows [start, stop), counted from the first batch's first; those before them are gone."""
+        while True:
+            passed = min(start - self._gone, self._rest.num_rows)
+            self._gone += passed
+            self._rest = self._rest.slice(passed)
+            if self._gone + self._rest.num_rows >= stop or not self._more():
+                return self._rest.slice(0, stop - start)
 
-    def until(self, row: int) -> pa.Table | None:
-        """The following rows whose `row` is below this one."""
-        while (batch := next(self._batches, None)) is not None:
-            table = pa.Table.from_batches([batch])
-            self._rest = table if self._rest is None else pa.concat_tables([self._rest, table])
-            if batch.column("row")[-1].as_py() >= row:
-                break
-        if self._rest is None:
-            return None
-        count = pc.sum(pc.less(self._rest.column("row"), row)).as_py() or 0
-        taken, self._rest = self._rest.slice(0, count), self._rest.slice(count)
-        return taken
+    def until(self, row: int) -> Iterator[pa.Table]:
+        """The following rows whose `row` is below this one, batch by batch."""
+        while self._rest.num_rows or self._more():
+            count = pc.sum(pc.less(self._rest["row"], row)).as_py() or 0
+            below, self._rest = self._rest.slice(0, count), self._rest.slice(count)
+            if count:
+                yield below
+            if self._rest.num_rows:
+                return
+
+    def _more(self) -> bool:
+        batch = next(self._batches, None)
+        if batch is None:
+            return False
+        self.row_bytes = batch.nbytes / max(1, batch.num_rows)
+        self._rest = pa.concat_tables([self._rest, pa.Table.from_batches([batch])])
+        return True
 
 
 _UNKNOWN = Usage()
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
 
 
 def _pairs(attempts: pa.Table) -> Iterator[tuple[int, int]]:
@@ -485,46 +548,30 @@ def _columns(
 
 
 def _clean(value: object, kind: pa.DataType) -> object:
-    """A value that Arrow can hold in this type."""
+    """A value that Arrow can hold in this type: lone surrogates become question marks, what is too large null."""
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode() if max(value, default="") >= "\ud800" else value
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {field.name: _clean(value[field.name], field.type) for field in kind}
+    if isinstance(value, list | tuple):
+        return type(value)(_clean(member, kind.value_type) for member in value)
     try:
-        pa.array([value], kind)
-    except (pa.ArrowInvalid, OverflowError, UnicodeEncodeError):
+        pa.scalar(value, kind)
+    except (pa.ArrowInvalid, OverflowError):
         return None
     return value
 
 
 def _choices(answers: Iterable[Answer], altered: set[int]) -> pa.Array:
-    def plain(text: str | None, index: int) -> str | None:
-        cleaned = text if text is None else text.encode("utf-8", "replace").decode()
-        if cleaned != text:
-            altered.add(index)
-        return cleaned
-
-    values = [
-        [
-            {
-                "index": choice.index,
-                "text": plain(choice.text, row),
-                "reasoning": plain(choice.reasoning, row),
-                "finish_reason": choice.finish_reason,
-                "tool_calls": [
-                    {"id": c.id, "type": c.type, "name": c.name, "arguments": plain(c.arguments, row)}
-                    for c in choice.tool_calls
-                ]
-                if choice.tool_calls is not None
-                else None,
-            }
-            for choice in answer.choices
-        ]
-        for row, answer in enumerate(answers)
+    values: list[tuple[object, ...]] = [
+        ([msgspec.to_builtins(choice) for choice in answer.choices],) for answer in answers
     ]
-    return pa.array(values, _CHOICES)
+    return _columns(values, [("choices", _CHOICES)], altered)[0]
 
 
-def _text(body: bytes | None) -> str | None:
-    return None if body is None else body.decode("utf-8", "replace")
+def _texts(bodies: Iterable[bytes | None], altered: set[int]) -> pa.Array:
+    texts: list[tuple[object, ...]] = [((body or b"").decode("utf-8", "surrogateescape"),) for body in bodies]
+    return _columns(texts, [("raw", pa.string())], altered)[0]
 
 
 def _count(totals: Totals, name: str, table: pa.Table) -> None:
