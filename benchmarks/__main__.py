@@ -1,0 +1,42 @@
+"""`python -m benchmarks` asks every question; `overhead`, `latency` or `memory` after it asks one."""
+
+import argparse
+
+from benchmarks.measure import Answer, machine, raise_open_files
+from benchmarks.memory import memory
+from benchmarks.overhead import latency, overhead
+
+
+def show(answers: list[Answer]) -> None:
+    """Print the answers as a Markdown table."""
+    head = Answer("question", "must", "aim", "measured: median (quartiles)")
+    cells = [(row.question, row.must, row.aim, row.measured) for row in (head, *answers)]
+    widths = [max(len(row[column]) for row in cells) for column in range(4)]
+    cells.insert(1, ("-" * widths[0], "-" * widths[1], "-" * widths[2], "-" * widths[3]))
+    for row in cells:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+
+
+def main() -> None:
+    """Ask one question, or all."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("question", nargs="?", choices=["overhead", "latency", "memory"], help="all when absent")
+    parser.add_argument("--pairs", type=int, default=7, help="alternating runs of B1 and the engine (7)")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the large run of memory (1,000,000)")
+    arguments = parser.parse_args()
+    if arguments.pairs < 1 or arguments.rows < 1:
+        parser.error("--pairs and --rows start at 1")
+    raise_open_files()
+    print(machine(), flush=True)
+    answers: list[Answer] = []
+    if arguments.question in (None, "overhead"):
+        answers += overhead(arguments.pairs, sizes=(5_000, 25_000), many_sizes=(10_000, 40_000))
+    if arguments.question in (None, "latency"):
+        answers += latency(min(arguments.pairs, 3), waves=60)
+    if arguments.question in (None, "memory"):
+        answers += memory(arguments.rows)
+    show(answers)
+
+
+if __name__ == "__main__":
+    main()
