@@ -19,7 +19,8 @@ bench: .venv/ready-dev
 	$(BIN)/python -m benchmarks
 
 soak: .venv/ready-dev
-	$(BIN)/pytest -m soak
+	$(BIN)/pytest -m soak -s
+	$(BIN)/python -m tests.breaks
 
 clean:
 	rm -rf .venv
