@@ -176,6 +176,7 @@ def _sentence(failure: Failure) -> str:
     status = f" ({failure.status})" if failure.status else ""
     hints = {
         Kind.UNAUTHORIZED: "; check the key and its variable",
+        Kind.FORBIDDEN: "; check that service.api_key_env names a key that may do this",
         Kind.MODEL_NOT_FOUND: "; check request.model",
         Kind.NOT_FOUND: "; check service.base_url and request.model",
         Kind.REDIRECT: "; put the address it names into service.base_url",

@@ -314,11 +314,14 @@ class Sink:
                 prompt, completion = attempt.prompt_tokens, attempt.output_tokens or None
             else:
                 continue
-            billed_prompt = _sum(billed_prompt, prompt)
-            billed_completion = _sum(billed_completion, completion)
-            price: float | None = None
-            if prompt is not None and completion is not None:
+            if prompt is None or completion is None:
+                price = None
+            else:
                 price = self._cost(attempt.model, prompt, (told and told.cached_tokens) or 0, completion)
+            billed_prompt = None if billed_prompt is None or prompt is None else billed_prompt + prompt
+            billed_completion = (
+                None if billed_completion is None or completion is None else billed_completion + completion
+            )
             cost = None if cost is None or price is None else cost + price
         last = tried[-1]
         group.bytes += len(last.body or b"") + 600
@@ -518,10 +521,6 @@ class _Ahead:
 _UNKNOWN = Usage()
 
 
-def _sum(one: int | None, other: int | None) -> int | None:
-    return None if one is None or other is None else one + other
-
-
 def _pairs(attempts: pa.Table) -> Iterator[tuple[int, int]]:
     return zip(attempts["row"].to_pylist(), attempts["attempt"].to_pylist(), strict=True)
 
@@ -548,9 +547,9 @@ def _columns(
 
 
 def _clean(value: object, kind: pa.DataType) -> object:
-    """A value that Arrow can hold in this type: lone surrogates become question marks, what is too large null."""
+    """A value that Arrow can hold in this type: lone surrogates become U+FFFD, what is too large null."""
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, dict):
         return {field.name: _clean(value[field.name], field.type) for field in kind}
     if isinstance(value, list | tuple):

@@ -220,7 +220,7 @@ def check_no_secret(output: Path) -> None:
 
 
 def _storable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
+    return "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in text)
 
 
 @contextlib.contextmanager

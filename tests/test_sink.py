@@ -387,11 +387,13 @@ def test_a_text_that_cannot_be_held_costs_that_cell_only(tmp_path: Path) -> None
     before, row, after = output.rows("responses")
     assert [one["altered"] for one in (before, row, after)] == [False, True, False]
     assert totals.altered == 1
-    assert row["finish_reason"] == "sto?p"
-    assert row["response_id"] == "i?"
+    assert row["finish_reason"] == "sto\ufffdp"
+    assert row["response_id"] == "i\ufffd"
     assert row["parsed"]["label"][0::2] == "ab"
-    assert row["choices"][0]["tool_calls"] == [{"id": "c?", "type": "function", "name": "n", "arguments": '{"a": "?"}'}]
-    assert row["choices"][1]["text"] == "two?"
+    assert row["choices"][0]["tool_calls"] == [
+        {"id": "c\ufffd", "type": "function", "name": "n", "arguments": '{"a": "\ufffd"}'}
+    ]
+    assert row["choices"][1]["text"] == "two\ufffd"
     assert row["raw"] == strange.decode()
     assert before["parsed"] == after["parsed"] == {"label": "é\0", "score": None}
     assert before["choices"][0]["text"] == '{"label": "é\\u0000"}'
@@ -403,8 +405,8 @@ def test_bytes_that_are_no_text_are_flagged(tmp_path: Path) -> None:
     body = answer("caf%").replace(b"%", b"\xe9")
     output.publish([attempt(0, body=body), attempt(1)])
     row, other = output.rows("responses")
-    assert (row["response"], row["altered"], other["altered"]) == ("caf?", True, False)
-    assert row["raw"] == body.replace(b"\xe9", b"?").decode()
+    assert (row["response"], row["altered"], other["altered"]) == ("caf\ufffd", True, False)
+    assert row["raw"] == body.replace(b"\xe9", "\ufffd".encode()).decode()
 
 
 def test_a_number_that_is_too_large_costs_that_cell_only(tmp_path: Path) -> None:

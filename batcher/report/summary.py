@@ -33,16 +33,20 @@ def render(summary: Summary, output: Path) -> str:
         ("pending", "unknown: the input was not counted" if summary.pending is None else count(summary.pending)),
         ("requests", requests),
         ("tokens", f"{count(totals.prompt_tokens)} prompt{cached}, {count(totals.completion_tokens)} completion"),
-        ("cost", money(totals.cost_usd)),
+        ("cost", money(totals.cost_usd) if totals.rows else ""),
         ("finish", _counts(others) if others else ""),
         ("altered", f"{count(totals.altered)} rows hold text that Parquet cannot keep exactly" * bool(totals.altered)),
         ("time", f"{duration(summary.seconds)}, {_rate(summary)} requests per second"),
         ("", ""),
-        ("answers", str(output / "responses")),
-        ("failures", str(output / "failures") if totals.failed else ""),
-        ("pandas", f"pandas.read_parquet({str(output / 'responses')!r})"),
-        ("DuckDB", f'duckdb -c "select * from {_literal(output)} limit 5"'),
     ]
+    if totals.answered:
+        lines += [
+            ("answers", str(output / "responses")),
+            ("pandas", f"pandas.read_parquet({str(output / 'responses')!r})"),
+            ("DuckDB", f'duckdb -c "select * from {_literal(output)} limit 5"'),
+        ]
+    if totals.failed:
+        lines.append(("failures", str(output / "failures")))
     table = [f"  {name:<10}{printable(text)}".rstrip() for name, text in lines if text or not name]
     return "\n".join([printable(f"{summary.name}: {summary.state}"), *table])
 
