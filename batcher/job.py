@@ -70,7 +70,7 @@ class Output(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     path: _Text
     ledger: _Text | None = None
-    keep: list[_Text] | Literal["all"] = []
+    keep: list[_Text] | Literal["all"] = "all"
     rows_per_part: Annotated[int, Meta(ge=1, le=10_000_000)] = 50_000
     raw: bool = False
 
@@ -365,11 +365,9 @@ def _service(given: Mapping[str, object], origin: str) -> Service:
 def _is_near(host: str) -> bool:
     """Whether plain HTTP to this host stays on the machine or its private network."""
     try:
-        address = ip_address(host)
+        return (address := ip_address(host)).is_loopback or (address.is_private and not address.is_link_local)
     except ValueError:
         return "." not in host or host.endswith((".local", ".internal", ".localhost"))
-    address = getattr(address, "ipv4_mapped", None) or address
-    return address.is_loopback or (address.is_private and not address.is_link_local)
 
 
 def _request(given: Mapping[str, object], folder: Path, origin: str) -> RequestTemplate:

@@ -164,7 +164,7 @@ class Ledger:
         """Start the writer. Both callbacks run on this event loop: after each commit, and when the disk refuses."""
         try:
             with self._reserve.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+                file.write(bytes(RESERVE_BYTES))
         except OSError as error:
             self._reserve.unlink(missing_ok=True)
             raise StorageError(

@@ -43,7 +43,8 @@ class Composer:
             parameters["response_format"] = response_format
         for name, value in parameters.items():
             try:
-                render = self._compile(value, names)
+                # The words of the job's schema are the service's to read, not templates.
+                render = None if value is response_format else self._compile(value, names)
             except jinja2.TemplateSyntaxError as error:
                 wrong = f"{error.message} (line {error.lineno})"
                 raise JobError(f"{origin}: request.{name}: not a Jinja template: {wrong}") from None
@@ -70,6 +71,8 @@ class Composer:
         if row.problem is not None:
             return Failure(Kind.BAD_INPUT, row.problem)
         fields = row.fields
+        if not self.names <= fields.keys():  # JSONL: what is not there is null
+            fields = dict.fromkeys(self.names) | dict(fields)
         for value in fields.values():
             if value is None or isinstance(value, _NESTING):
                 fields = {name: _guarded(value, name) for name, value in fields.items()}

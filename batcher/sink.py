@@ -332,7 +332,7 @@ class Sink:
             billed_prompt,
             billed_completion,
             cost,
-            last.request_hash.hex(),
+            last.request_hash.hex() or None,
         )
         if last.outcome is Outcome.ANSWERED:
             assert isinstance(answer, Answer)

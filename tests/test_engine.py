@@ -86,7 +86,8 @@ def test_the_output_opens_in_other_tools(tmp_path: Path, well: Simulator) -> Non
     assert pd.read_parquet(tmp_path / "out/responses")["completion_tokens"].sum() == tokens
     assert pl.read_parquet(parts)["completion_tokens"].sum() == tokens
     query = "SELECT count(*), count(DISTINCT row), sum(completion_tokens) FROM read_parquet(?)"
-    assert duckdb.execute(query, [parts]).fetchone() == (40, 40, tokens)
+    with duckdb.connect() as database:
+        assert database.execute(query, [parts]).fetchall() == [(40, 40, tokens)]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "parquet", "folder"])

@@ -109,7 +109,7 @@ def test_a_small_job(tmp_path: Path) -> None:
     assert job.schedule.max_in_flight == "auto"
     assert job.schedule.requests_per_minute is None
     assert (job.retry.max_attempts, job.retry.max_invalid) == (6, 2)
-    assert (job.output.keep, job.output.rows_per_part, job.output.raw) == ([], 50_000, False)
+    assert (job.output.keep, job.output.rows_per_part, job.output.raw) == ("all", 50_000, False)
     assert job.output_folder == tmp_path / "out"
     assert job.ledger_path == tmp_path / "out" / "ledger.sqlite"
 

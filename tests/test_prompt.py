@@ -100,7 +100,7 @@ def test_the_format_of_the_answer_is_sent() -> None:
         ("{{ (a or b) | default(c) }}", {"a", "b", "c"}),
         ("{% for i in range(n) %}{{ i }}{% endfor %}", {"n"}),
         ("{{ range }} {{ dict }} {{ joiner }}", {"range", "dict", "joiner"}),
-        ("{{ lipsum }}", {"lipsum"}),
+        ("{{ lipsum() }}", {"lipsum"}),
         ("{# {{ no }} #}{{ yes }}", {"yes"}),
     ],
 )
@@ -391,7 +391,7 @@ def test_the_word_of_a_row_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("{{ missing }}", "'missing' is undefined"),
+        ("{{ missing }}", "missing is null"),
         ("{{ text.missing }}", "has no attribute 'missing'"),
         ("{{ empty.missing }}!", "has no attribute 'missing'"),
         ("{{ meta.tags[9] }}!", "has no element 9"),
@@ -500,7 +500,7 @@ def test_a_failed_row_does_not_spoil_the_next() -> None:
     st.dictionaries(st.sampled_from(["a", "b", "c"]), st.text(max_size=20), min_size=3),
     st.integers(min_value=0, max_value=2**60),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_the_body_is_stable(fields: dict[str, str], position: int) -> None:
     """The same row makes the same bytes and the same hash, whichever composer makes them, whatever came before."""
     request: dict[str, object] = {"prompt": "{{ a }}|{{ b }}", "system": "{{ c }}", "user": "{{ a }}", "temperature": 0}
@@ -602,7 +602,7 @@ ANY = [
 
 
 @given(st.dictionaries(st.sampled_from(["a", "b", "c"]), VALUES), st.sampled_from(ANY))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_no_row_breaks_the_composing(fields: dict[str, object], made: Composer) -> None:
     """Whatever a row holds, it becomes a request that is JSON, or a failure that says why."""
     result = made.compose(Row(0, fields))
@@ -626,7 +626,7 @@ TEXTS = [
 
 
 @given(VALUES, VALUES, st.sampled_from(TEXTS))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_no_null_becomes_a_word(a: object, b: object, template: str) -> None:
     """No null of a row, however deep, is ever printed as None."""
 

@@ -282,7 +282,7 @@ def test_the_summary_has_every_sum() -> None:
         "tickets: complete",
         "12,340",
         "5  (rejected 3, unsendable 2)",
-        "12,400 (57 had to be repeated)",
+        "12,400 (60 without an answer)",
         "1,234,567 prompt, 1,000 of them cached, 98,765 completion",
         "$1.50",
         "length 40",

@@ -116,7 +116,7 @@ def test_waits_have_an_end() -> None:
     stated=st.floats(min_value=0, max_value=1e7),
     kind=st.sampled_from([kind for kind, (again, _, _) in TABLE.items() if again]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_a_stated_wait_is_kept(stated: float, kind: Kind) -> None:
     """What the service asks for is never cut short, up to an hour, and stretched a little so that rows spread."""
     again = decide(failure(kind, retry_after=stated), {kind: 1}, 6, 2)
@@ -187,7 +187,7 @@ def test_what_may_have_been_paid_costs_more_of_the_budget() -> None:
     st.integers(min_value=0, max_value=100),
     st.data(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_a_row_comes_to_an_end(
     tried: dict[Kind, int], max_attempts: int, max_invalid: int, data: st.DataObject
 ) -> None:
@@ -384,7 +384,7 @@ def test_the_services_words_are_put_into_a_line(kind: Kind) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from([*Kind, None]), st.integers(0, 30), st.floats(0, 1e5)), max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_the_guard_never_breaks(events: list[tuple[Kind | None, int, float]]) -> None:
     """Whatever happens, the guard says nothing, or one of the errors that end a run."""
     guard = Guard()

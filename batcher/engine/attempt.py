@@ -72,8 +72,8 @@ class Attempts:
             self._heed_headers(ticket, result)
         else:
             self._failed(ticket, attempt, outcome)
-        if 2 * self._ledger.gathered >= self._dispatcher.in_flight:
-            self._ledger.hand_over()  # half of the window waits for the disk: the other half keeps the service busy
+        if 4 * self._ledger.gathered >= 3 * self._dispatcher.in_flight:
+            self._ledger.hand_over()  # most of the window waits for the disk: what is left keeps the service busy
 
     def judge(self, result: Reply | Failure) -> Answer | Failure:
         """What came: an answer that fits, or why it is none."""

@@ -1,7 +1,7 @@
 """A job opened and checked: what has to be in order before anything is sent."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -72,12 +72,19 @@ def prepare(job: Job, base_url: str | None = None) -> Prepared:
     known = ", ".join(source.columns)
     if missing := sorted(composer.names - set(source.columns)):
         raise JobError(f"{origin}: request: no column {missing[0]} in the input; its columns are {known}")
-    keep = tuple(source.columns) if job.output.keep == "all" else tuple(job.output.keep)
+    keep = _kept(job, source.columns)
     for section, name in (("input.id", job.input.id), *(("output.keep", name) for name in keep)):
         if name is not None and name not in source.columns:
             raise JobError(f"{origin}: {section}: no column {name} in the input; its columns are {known}")
     path = {"chat": "/chat/completions", "completions": "/completions"}[template.endpoint]
     return Prepared(job, source, composer, dialect, parser, base_url + path, headers, key_env, secrets, keep)
+
+
+def _kept(job: Job, columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns that are carried along; of all of them, the one that is the id already is left out."""
+    if job.output.keep != "all":
+        return tuple(job.output.keep)
+    return tuple(name for name in columns if name != job.input.id)
 
 
 def _key(name: str, origin: str) -> str:
@@ -106,10 +113,6 @@ def agree(ledger: Ledger, prepared: Prepared) -> Shape:
     names = [name for name in dict.fromkeys((job.input.id, *prepared.keep)) if name is not None]
     begun = ledger.meta("meaning")
     if begun is None:
-        if any((job.output_folder / "responses").glob("*.parquet")):
-            raise JobError(
-                f"{job.output_folder} holds parts, but their ledger {ledger.path} is gone; name another output"
-            )
         kept = source.schema(names)
         ledger.set_meta({"meaning": msgspec.json.encode(meaning), "kept": kept.serialize().to_pybytes()})
     else:
@@ -128,7 +131,7 @@ def agree(ledger: Ledger, prepared: Prepared) -> Shape:
         # Files appended since must not change what a column is.
         source.types.update({field.name: field.type for field in kept})
     ledger.set_meta({"input": msgspec.json.encode(source.identities)})
-    keep = tuple(kept.names) if job.output.keep == "all" else prepared.keep
+    keep = _kept(job, kept.names)
     several = job.request.parameters.get("n", 1) != 1
     return Shape(kept, job.input.id, keep, prepared.parser, several, job.output.raw)
 

@@ -22,7 +22,7 @@ from batcher.engine.feed import Feed
 from batcher.engine.prepared import Prepared, agree, prepare
 from batcher.engine.publish import Press
 from batcher.engine.turns import Turns
-from batcher.errors import BatcherError, InterruptedRunError, PausedError, StorageError
+from batcher.errors import BatcherError, InterruptedRunError, JobError, PausedError, StorageError
 from batcher.job import Job
 from batcher.ledger import Ledger, Lock
 from batcher.records import UNIT, Attempt, Outcome, Snapshot, Summary, Totals
@@ -64,6 +64,10 @@ async def run(
             beside = job.ledger_path.with_name(job.ledger_path.name + ".lock")
             _write_whole(beside, b"")
             stack.enter_context(Lock(beside))
+        if not job.ledger_path.exists() and any((job.output_folder / "responses").glob("*.parquet")):
+            raise JobError(
+                f"{job.output_folder} holds parts, but their ledger {job.ledger_path} is gone; name another output"
+            )
         ledger = Ledger(job.ledger_path)
         shape = await anyio.to_thread.run_sync(agree, ledger, prepared)
         _write_whole(job.output_folder / "job.toml", job.document())

@@ -5,10 +5,9 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from batcher.records import Kind, Summary
+from batcher.records import Summary
 from batcher.report.text import count, duration, money, printable
 
-_NEVER_SENT = (Kind.BAD_INPUT, Kind.UNSENDABLE, Kind.EXCEEDS_QUOTA)
 _LOOKED_AT = 100_000
 """Failures that are looked at for the most common ones: it bounds the memory."""
 
@@ -20,10 +19,9 @@ def render(summary: Summary, output: Path) -> str:
     if totals.failure_kinds:
         failed += f"  ({_counts(totals.failure_kinds)})"
     cached = f", {count(totals.cached_tokens)} of them cached" if totals.cached_tokens else ""
-    sent = totals.rows - sum(totals.failure_kinds.get(kind, 0) for kind in _NEVER_SENT)
     requests = count(totals.attempts)
-    if totals.attempts > sent:
-        requests += f" ({count(totals.attempts - sent)} had to be repeated)"
+    if totals.attempts > totals.answered:
+        requests += f" ({count(totals.attempts - totals.answered)} without an answer)"
     if summary.requests != totals.attempts:
         requests += f"; {count(summary.requests)} by this run"
     others = {reason or "none": number for reason, number in totals.finish_reasons.items() if reason != "stop"}

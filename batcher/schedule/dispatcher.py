@@ -13,13 +13,17 @@ AUTO_START = 8
 AUTO_CEILING = 1024
 FIRST_OUTPUT_GUESS = 500.0
 """Completion tokens to expect of a request without an output cap, until answers have told."""
+MOST_RESERVED = 16_384.0
+"""What Cerebras was seen to reserve for the answer of a request without an output cap."""
 RETRY_BUDGET = 500.0
-"""Steady retries are bounded to a tenth of the answers: each draws about 5, each answer gives 0.5 back."""
+"""Retries draw about 5 each and get it back when they are answered; every answer gives 0.5, every second 1."""
 
 _CONGESTION = {Kind.OVERLOADED, Kind.UNAVAILABLE, Kind.DISCONNECTED, Kind.TIMEOUT, Kind.REQUEST_TIMEOUT}
 _UNREACHABLE = {Kind.CONNECTION, Kind.CONNECT_TIMEOUT, Kind.DNS}
 _BROKEN = {*_UNREACHABLE, Kind.UNAVAILABLE, Kind.SERVER_ERROR, Kind.DISCONNECTED, Kind.TIMEOUT, Kind.REQUEST_TIMEOUT}
-_ASKED_TO_WAIT = {Kind.RATE_LIMITED}
+_TELLS_NOTHING = {Kind.STALE_CONNECTION, Kind.LOCAL_RESOURCES}
+"""Failures from which nobody learns whether the service answers."""
+_ASKED_TO_WAIT = {Kind.RATE_LIMITED, Kind.DAY_QUOTA}
 _NOT_CONSUMED = {*_UNREACHABLE, Kind.RATE_LIMITED, Kind.OVERLOADED, Kind.DAY_QUOTA, Kind.LOCAL_RESOURCES}
 
 
@@ -33,11 +37,13 @@ class Pace(NamedTuple):
 
 
 class Ticket(NamedTuple):
-    """The right to send one request, and what was charged for it."""
+    """The right to send one request, and what was charged for it: to the buckets, and to the retry budget."""
 
     turn: Turn
     sent: float
     tokens: float
+    uncached: float
+    cost: float
     marks: tuple[float, float]
     """What requests and tokens had been charged in all when it went: headers are read against it."""
 
@@ -69,16 +75,18 @@ class Dispatcher:
         self._blocked_until = now
         self._blocked_by = ""
         self._own = [
-            (resource, Bucket(f"{resource.replace('_', ' ')} per minute", rate / 60, max(rate / 60, 1.0), now))
+            (resource, Bucket.within(f"{resource.replace('_', ' ')} per minute", limit, now))
             for resource in ("requests", "tokens", "uncached_tokens")
-            if (rate := getattr(pace, resource)) is not None
+            if (limit := getattr(pace, resource)) is not None
         ]
         self._theirs: dict[tuple[str, float], Bucket] = {}
         self._spent = [0.0, 0.0]
         self._prompt_ratio = 1.0
         self._output_guess = FIRST_OUTPUT_GUESS
+        self._reserved = 0.0
         self._cached_share = 0.0
         self._refusals = 0
+        self._refused_at = now
         self._binds = "input"
 
     # What happens
@@ -105,36 +113,39 @@ class Dispatcher:
             self._binds = "outage" if self.breaker.open_since is not None else self._blocked_by
             return until
         retry = bool(self._again) and self._again[0][0] <= now and self._affords(self._again[0][2], now)
+        if retry and self._fresh and self.breaker.open_since is not None:
+            retry = False  # rows that have not failed yet make the probes: an outage must not use up anyone's attempts
         if not retry and not self._fresh:
             ready, _, cost, _ = self._again[0]
             self._binds = "retries"
-            return max(ready, now + max(0.0, cost - self._retries))
-        turn = self._again[0][3] if retry else self._fresh[0]
+            return max(ready, self._retries_at + cost - self._retries)
+        _, _, cost, turn = self._again[0] if retry else (0.0, 0, 0.0, self._fresh[0])
         tokens = self._estimate(turn)
+        uncached = tokens * (1 - self._cached_share)
         for resource, bucket in self._buckets():
-            at = bucket.ready(self._cost(resource, tokens), now)
+            at = bucket.ready(_charge(resource, tokens, uncached), now)
             if at > now:
                 self._binds = bucket.name
                 return at
         if retry:
-            self._retries -= heapq.heappop(self._again)[2]
+            heapq.heappop(self._again)
+            self._retries -= cost
         else:
             self._fresh.popleft()
         for resource, bucket in self._buckets():
-            bucket.charge(self._cost(resource, tokens))
+            bucket.charge(_charge(resource, tokens, uncached), now)
         self._spent[0] += 1
         self._spent[1] += tokens
         self.in_flight += 1
         self.breaker.sent(now)
-        return Ticket(turn, now, tokens, (self._spent[0], self._spent[1]))
+        return Ticket(turn, now, tokens, uncached, cost, (self._spent[0], self._spent[1]))
 
     def answered(self, ticket: Ticket, usage: Usage, queue_time: float | None, now: float) -> None:
         """A request was answered: settle what it used, let the window grow."""
         self.window.answered(self.in_flight, queue_time, now)
-        self.in_flight -= 1
         self._refusals = 0
-        self._retries = min(RETRY_BUDGET, self._retries + 0.5)
-        if self.breaker.observe(broken=False, unreachable=False, now=now):
+        self._retries = min(RETRY_BUDGET, self._retries + ticket.cost + 0.5)
+        if self.breaker.observe(False, self.in_flight, now):
             self.window.restart(now)
         prompt, completion = usage.prompt_tokens, usage.completion_tokens
         if prompt is None or completion is None:
@@ -145,26 +156,31 @@ class Dispatcher:
         for resource, bucket in self._buckets():
             if resource != "requests":
                 used = prompt + completion - (usage.cached_tokens or 0 if resource == "uncached_tokens" else 0)
-                bucket.charge(used - self._cost(resource, ticket.tokens))
+                bucket.charge(used - _charge(resource, ticket.tokens, ticket.uncached), now)
 
     def failed(self, ticket: Ticket, failure: Failure, now: float) -> None:
         """A request failed: give back what it did not use, and slow down for all as the refusal asks."""
-        self.in_flight -= 1
         kind = failure.kind
-        if kind in _CONGESTION:
-            self.window.congested(now)
+        if kind in _CONGESTION and self.breaker.open_since is None:
+            self.window.congested(ticket.sent, now)
         elif kind is Kind.LOCAL_RESOURCES:
-            self.window.congested(now, 0.5)
-        if self.breaker.observe(kind in _BROKEN, kind in _UNREACHABLE, now):
-            self.window.restart(now)
+            self.window.congested(ticket.sent, now, 0.5)
+        if kind not in _TELLS_NOTHING:
+            out_of_many = 0 if kind in _UNREACHABLE else self.in_flight
+            if self.breaker.observe(kind in _BROKEN, out_of_many, now):
+                self.window.restart(now)
         if kind in _NOT_CONSUMED:
             for resource, bucket in self._buckets():
-                bucket.charge(-self._cost(resource, ticket.tokens))
+                bucket.charge(-_charge(resource, ticket.tokens, ticket.uncached), now)
         self.limits(failure.limits, ticket, now)
         if kind in _ASKED_TO_WAIT:
-            self._refused(failure, now)
+            self._refused(failure, ticket, now)
         elif failure.retry_after is not None and kind in _CONGESTION:
             self.pause(now + min(failure.retry_after, 3600.0), "the service's wait")
+
+    def landed(self, count: int) -> None:
+        """What came of this many requests is durable: only now others go in their place."""
+        self.in_flight -= count
 
     def limits(self, limits: Sequence[Limit], ticket: Ticket, now: float) -> None:
         """What the service's headers say of its buckets, written for this ticket's request."""
@@ -174,7 +190,7 @@ class Dispatcher:
             bucket = self._their(limit, now)
             used = self._spent[0 if limit.resource == "requests" else 1]
             mark = ticket.marks[0 if limit.resource == "requests" else 1]
-            bucket.correct(limit, bucket.spent - (used - mark), now)
+            bucket.correct(limit, ticket.sent, used - mark, now)
 
     def pause(self, until: float, why: str) -> None:
         """Nothing goes before `until`."""
@@ -199,17 +215,25 @@ class Dispatcher:
 
     # How it is reckoned
 
-    def _refused(self, failure: Failure, now: float) -> None:
+    def _refused(self, failure: Failure, ticket: Ticket, now: float) -> None:
         """A quota is used up: block what the refusal names, as long as it says; everything when it names nothing."""
-        self._refusals = min(self._refusals + 1, 10)
-        wait = failure.retry_after
-        if wait is None:
-            wait = min(30.0, 0.5 * 2**self._refusals)
         named = [limit for limit in failure.limits if limit.remaining is None or limit.remaining <= 0]
+        if ticket.sent >= self._refused_at:  # what was in flight together is refused together, and counts once
+            self._refused_at = now
+            self._refusals = min(self._refusals + 1, 10)
+            if not ticket.turn.request.output_tokens and any(limit.resource == "tokens" for limit in named):
+                # More is reserved for an answer without a cap than was charged here: refusals teach how much.
+                self._reserved = min(2 * max(self._reserved, self._output_guess), MOST_RESERVED)
+        guessed = self._refused_at + min(30.0, 0.5 * 2.0**self._refusals)
+        stated = None if failure.retry_after is None else now + min(failure.retry_after, 86400.0)
         for limit in named:
-            self._their(limit, now).block(now + min(limit.reset if limit.reset is not None else wait, 86400.0))
+            until = guessed if stated is None else stated
+            if limit.reset is not None and limit.reset == failure.retry_after:
+                # No Retry-After, but the moment when all is there again: a minute's bucket has something before that.
+                until = min(until, guessed) if limit.window <= 60 else until
+            self._their(limit, now).block(until)
         if not named:
-            self.pause(now + min(wait, 3600.0), "the service's wait")
+            self.pause(guessed if stated is None else stated, "the service's wait")
 
     def _their(self, limit: Limit, now: float) -> Bucket:
         key = (limit.resource, limit.window)
@@ -221,16 +245,18 @@ class Dispatcher:
     def _buckets(self) -> list[tuple[str, Bucket]]:
         return self._own + [(resource, bucket) for (resource, _), bucket in self._theirs.items()]
 
-    def _cost(self, resource: str, tokens: float) -> float:
-        if resource == "requests":
-            return 1.0
-        return tokens * (1 - self._cached_share) if resource == "uncached_tokens" else tokens
-
     def _estimate(self, turn: Turn) -> float:
         request = turn.request
-        return self._prompt_ratio * request.prompt_tokens + (request.output_tokens or self._output_guess)
+        return self._prompt_ratio * request.prompt_tokens + (
+            request.output_tokens or max(self._output_guess, self._reserved)
+        )
 
     def _affords(self, cost: float, now: float) -> bool:
         self._retries = min(RETRY_BUDGET, self._retries + now - self._retries_at)
         self._retries_at = now
-        return self._retries >= cost
+        return self._retries >= cost - 1e-9
+
+
+def _charge(resource: str, tokens: float, uncached: float) -> float:
+    """What a request takes from a bucket of this resource."""
+    return 1.0 if resource == "requests" else uncached if resource == "uncached_tokens" else tokens
