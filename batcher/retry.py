@@ -108,7 +108,7 @@ class Guard:
     """
 
     def __init__(self) -> None:
-        self._answered = False
+        self._answered = self._key_worked = False
         self._refusal: tuple[object, ...] = ()
         self._refusals = 0
         self._misled: set[int] = set()
@@ -117,10 +117,14 @@ class Guard:
         """A key that worked was refused: nothing goes before this moment."""
 
     def answered(self) -> None:
-        """A row was answered, now or by an earlier run."""
-        self._answered = True
+        """A row was answered."""
+        self._answered = self._key_worked = True
         self._refusals = self._refused_key = 0
         self._misled.clear()
+
+    def answered_before(self) -> None:
+        """An earlier run had answers: address and job were right then, whatever the key is now."""
+        self._answered = True
 
     def holds(self, failure: Failure) -> bool:
         """Whether a row that ends with this failure must wait to be called failed."""
@@ -156,12 +160,12 @@ class Guard:
         return None
 
     def _key_refused(self, failure: Failure, now: float) -> ServiceError | None:
-        if self._answered and now < self.key_paused_until:
+        if self._key_worked and now < self.key_paused_until:
             return None  # sent before the pause
         self._refused_key += 1
-        if self._refused_key > (len(PROBES) if self._answered else UNAUTHORIZED_AT_FIRST - 1):
+        if self._refused_key > (len(PROBES) if self._key_worked else UNAUTHORIZED_AT_FIRST - 1):
             return ServiceError(_sentence(failure))
-        if self._answered:
+        if self._key_worked:
             self.key_paused_until = now + PROBES[self._refused_key - 1]
         return None
 

@@ -234,6 +234,13 @@ def test_a_wrong_key_ends_the_run_at_the_third_refusal() -> None:
     assert "check the key" in said
 
 
+def test_a_wrong_key_ends_a_resumed_run_as_soon() -> None:
+    """That an earlier run had answers says nothing of today's key."""
+    guard = Guard()
+    guard.answered_before()
+    plain(ends(guard, failure(Kind.UNAUTHORIZED, status=401), 3), ServiceError)
+
+
 def test_a_key_that_worked_is_tried_again() -> None:
     """A key that stops working pauses the run for 1, 10 and 60 seconds; then the run ends."""
     guard, refused = after_an_answer(), failure(Kind.UNAUTHORIZED)

@@ -130,7 +130,7 @@ class _Run:
         try:
             await self._ledger.flush()
             if await anyio.to_thread.run_sync(self._feed.take_up):
-                self._guard.answered()
+                self._guard.answered_before()
             async with anyio.create_task_group() as rooms:
                 if signals:
                     await rooms.start(self._heed_signals)
