@@ -186,10 +186,11 @@ def _summary(path: Path) -> str:
 
 def _failures(output: Path) -> Iterator[tuple[str | None, str | None]]:
     """Kind and message of every failed row."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     for path in sorted((output / "failures").glob("*.parquet")):
-        with pq.ParquetFile(path) as file:
+        with suppress(OSError, pa.ArrowException), pq.ParquetFile(path) as file:
             for batch in file.iter_batches(columns=["kind", "message"]):
                 yield from zip(batch.column("kind").to_pylist(), batch.column("message").to_pylist(), strict=True)
 

@@ -149,9 +149,8 @@ def _first_rows(prepared: Prepared, number: int) -> list[Row]:
 def _headers(prepared: Prepared) -> dict[str, str]:
     """The headers with every secret replaced by the name of its variable."""
     shown = dict(prepared.headers)
-    for name, value in prepared.headers.items():
-        if value in prepared.secrets:
-            shown[name] = f"(from ${prepared.job.service.headers_env})"
+    for name in prepared.extra:
+        shown[name] = f"(from ${prepared.job.service.headers_env})"
     if prepared.key_env is not None:
         shown["Authorization"] = f"Bearer ${prepared.key_env}"
     return shown

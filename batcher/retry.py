@@ -109,8 +109,8 @@ class Guard:
 
     def __init__(self) -> None:
         self._answered = self._key_worked = False
-        self._refusal: tuple[object, ...] = ()
         self._refusals = 0
+        self._last: Failure | None = None
         self._misled: set[int] = set()
         self._refused_key = 0
         self.key_paused_until = 0.0
@@ -149,15 +149,19 @@ class Guard:
             if len(self._misled) >= PAGES_IN_A_ROW:
                 return PausedError(f"{_sentence(failure)}\nrun the same command again when that has been mended")
         elif kind in _REFUSALS:
-            refusal = (kind, failure.code)
-            self._refusals = self._refusals + 1 if refusal == self._refusal else 1
-            self._refusal = refusal
-            if self.holds(failure) and self._refusals >= (REFUSALS_IN_A_ROW if self._answered else REFUSALS_AT_FIRST):
-                return ServiceError(
-                    f"{self._refusals} rows in a row were refused alike, so the run ends with them pending: "
-                    f"{_sentence(failure)}"
-                )
+            self._refusals += self.holds(failure)
+            self._last = failure
+            if self._refusals >= (REFUSALS_IN_A_ROW if self._answered else REFUSALS_AT_FIRST):
+                return self._refused()
         return None
+
+    def give_up_on_held(self) -> ServiceError | None:
+        """No answer can come that would tell whether held rows have failed: what ends the run, if none ever came."""
+        return None if self._answered else self._refused()
+
+    def _refused(self) -> ServiceError:
+        said = _sentence(self._last) if self._last else "no reason given"
+        return ServiceError(f"{self._refusals} rows in a row were refused, so the run ends with them pending: {said}")
 
     def _key_refused(self, failure: Failure, now: float) -> ServiceError | None:
         if self._key_worked and now < self.key_paused_until:

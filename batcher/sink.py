@@ -191,8 +191,9 @@ class Sink:
             raise StorageError(f"{self.folder}: {error.strerror}") from None
 
     def finish(self) -> None:
-        """Clear the workshop away."""
-        self._workshop.rmdir()
+        """Clear the workshop away; what somebody else put there stays."""
+        with suppress(OSError):
+            self._workshop.rmdir()
 
     def publish(
         self,
@@ -201,15 +202,21 @@ class Sink:
         attempts: Iterator[Attempt],
         kept: Iterator[pa.RecordBatch],
         former: Sequence[str] = (),
+        check_input: Callable[[], None] = lambda: None,
     ) -> tuple[Totals, tuple[FileRecord, ...]]:
         """Write part N from the attempts of its rows and the names in `former`, files of its that were complete once.
 
-        `kept` are the input's columns over `rows`. Returns the part's sums and its files.
+        `kept` are the input's columns over `rows`; `check_input` raises when they are not what was asked about, and
+        is called before anything is put in place. Returns the part's sums and its files.
         """
         writers: dict[str, pq.ParquetWriter] = {}
         try:
-            return self._publish(writers, part, rows, attempts, kept, former)
+            totals = self._build(writers, part, rows, attempts, kept, former)
+            check_input()
+            return totals, self._place_all(writers, part, totals)
         except BaseException as error:
+            if isinstance(error, pa.ArrowException):
+                check_input()
             with suppress(OSError):
                 for name, writer in writers.items():
                     with suppress(OSError):
@@ -220,7 +227,7 @@ class Sink:
                 raise StorageError(f"{self.folder}: part {part} cannot be written: {why}; run again") from None
             raise
 
-    def _publish(
+    def _build(
         self,
         writers: dict[str, pq.ParquetWriter],
         part: int,
@@ -228,7 +235,7 @@ class Sink:
         attempts: Iterator[Attempt],
         kept: Iterator[pa.RecordBatch],
         former: Sequence[str],
-    ) -> tuple[Totals, tuple[FileRecord, ...]]:
+    ) -> Totals:
         totals = Totals()
         beside = _Ahead(kept, self._shape.kept.append(pa.field(ALTERED, pa.bool_())))
         old = {name: _Ahead(self._former(name, part, former), schema) for name, schema in self._schemas.items()}
@@ -254,11 +261,14 @@ class Sink:
                 write(name, after)
         for writer in writers.values():
             writer.close()
+        return totals
+
+    def _place_all(self, writers: dict[str, pq.ParquetWriter], part: int, totals: Totals) -> tuple[FileRecord, ...]:
         counts = {"responses": totals.answered, "failures": totals.failed, "attempts": totals.attempts}
         files = tuple(self._place(name, part, counts[name]) for name in writers)
         for name in self._schemas.keys() - writers.keys():
             self._remove(name, part)
-        return totals, files
+        return files
 
     def _row_groups(self, attempts: Iterator[Attempt], beside: "_Ahead") -> Iterator["_Group"]:
         """The part's new rows, in groups bounded by rows and bytes."""

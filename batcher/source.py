@@ -105,6 +105,16 @@ class Source(ABC):
         Batches have at most 8,192 rows. A row that cannot be read is null.
         """
 
+    def check(self) -> None:
+        """Raise JobError when a file is no longer the one that was opened."""
+        for file, known in zip(self._files, self.identities, strict=True):
+            with _reading(file.name):
+                now = os.stat(file.path)
+            if (now.st_size, now.st_mtime_ns) != (known.size, known.mtime_ns):
+                raise JobError(
+                    f"{file.name} was changed while the run was reading it\nput it back, and run the same command again"
+                )
+
     @abstractmethod
     def count(self, stopped: Callable[[], bool]) -> int | None:
         """Find `total`. None when `stopped()` came true on the way; it is asked about every 16 MiB."""

@@ -141,6 +141,23 @@ def test_a_request_that_is_always_rejected_ends_the_run(tmp_path: Path) -> None:
         assert batcher.run(job(tmp_path, service.url)).summary.totals.answered == 500
 
 
+def test_a_small_pilot_that_is_always_rejected_fails_no_row(tmp_path: Path) -> None:
+    """Ten rows, all refused: nothing tells a bad job from bad rows, so they stay pending."""
+    with stories.service(poison={"Say something": 422}) as service:
+        error = ended(ServiceError, lambda: batcher.run(job(tmp_path, service.url, rows=10)))
+    assert "pending" in str(error)
+    assert stories.column(tmp_path / "out", "failures", "row") == []
+
+
+def test_refused_rows_do_not_hold_up_the_run(tmp_path: Path) -> None:
+    """A long stretch of refused rows fills all open ranges; it ends as failures, and the rows behind it are asked."""
+    poison = {f"[row {row:05d}]": 400 for row in range(20, 220)}
+    with stories.service(poison=poison) as service:
+        result = batcher.run(job(tmp_path, service.url, rows=240, in_flight=4, rows_per_part=10))
+    assert result.failures()["row"].to_pylist() == list(range(20, 220))
+    assert result.summary.totals.answered == 40
+
+
 def test_single_rejected_rows_are_failures(tmp_path: Path) -> None:
     """A row that the service rejects while others are answered is a dead letter with the service's reason."""
     with stories.service(poison={"[row 00007]": 400, "[row 00021]": 422}) as service:
@@ -299,6 +316,37 @@ def test_a_changed_input_is_refused(tmp_path: Path, well: Simulator) -> None:
     before = asked(well)
     assert "rows.jsonl" in str(ended(JobError, lambda: batcher.run(job(tmp_path, well.url))))
     assert asked(well) == before
+
+
+def test_an_input_that_changes_under_the_run_spoils_no_part(tmp_path: Path) -> None:
+    """Answers are never put beside other rows than those that were asked about."""
+    stories.write_jsonl(tmp_path / "rows.jsonl", 60)
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    with stories.service(latency=0.2) as service:
+        path = stories.write_job(tmp_path, service.url, in_flight=8)
+        process = subprocess.Popen(
+            stories.command("run", str(path), "--quiet"), env=stories.environment(), stderr=subprocess.PIPE, text=True
+        )
+        while asked(service) < 8:
+            time.sleep(0.005)
+        (tmp_path / "other.jsonl").write_bytes(before.replace(b"k5", b"x5"))
+        (tmp_path / "other.jsonl").replace(tmp_path / "rows.jsonl")
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert "rows.jsonl was changed" in errors
+        assert "Traceback" not in errors
+        (tmp_path / "rows.jsonl").write_bytes(before)
+        assert stories.run(path).returncode == 0
+        assert asked(service) == 60
+        stories.check_complete(tmp_path / "out", 60, service)
+
+
+def test_a_part_that_is_gone_is_said(tmp_path: Path, well: Simulator) -> None:
+    """A run never says "complete" over an output that has lost a part."""
+    spec = job(tmp_path, well.url, rows_per_part=20)
+    batcher.run(spec)
+    (tmp_path / "out/responses/part-000001.parquet").unlink()
+    assert "part-000001.parquet is gone" in str(ended(batcher.errors.StorageError, lambda: batcher.run(spec)))
 
 
 def test_a_larger_limit_and_more_files_go_on_where_the_run_ended(tmp_path: Path, well: Simulator) -> None:

@@ -300,11 +300,21 @@ def test_one_answer_releases_the_refused() -> None:
     assert ends(guard, rejected, 499) is None
 
 
-def test_refusals_that_differ_are_not_systematic() -> None:
-    """Refusals of different codes do not add up."""
+def test_refusals_that_differ_add_up() -> None:
+    """Before anything was answered, refusals count whatever their codes: a bad job has many ways to be refused."""
     guard = Guard()
-    for number in range(200):
+    for number in range(19):
         assert guard.failed(failure(Kind.REJECTED, code=f"c{number % 2}"), number, 0.0) is None
+    plain(guard.failed(failure(Kind.REJECTED, code="c1"), 19, 0.0), ServiceError)
+
+
+def test_held_rows_of_a_run_without_answers_stay_pending() -> None:
+    """Where no answer ever came the run ends for its refused rows, however few; where one came they have failed."""
+    guard = Guard()
+    guard.failed(failure(Kind.REJECTED, code="c1"), 0, 0.0)
+    plain(guard.give_up_on_held(), ServiceError)
+    guard.answered()
+    assert guard.give_up_on_held() is None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from batcher.errors import BatcherError
 from batcher.ledger import Ledger
 from batcher.parse import Misfit
 from batcher.records import Answer, Attempt, Failure, Kind, Outcome, Reply, Timing, Turn
-from batcher.retry import Guard, decide
+from batcher.retry import Again, Guard, decide
 from batcher.schedule import Dispatcher, Ticket
 from batcher.transport import Transport
 
@@ -46,7 +46,7 @@ class Attempts:
         self._end = end
         self._now = asyncio.get_running_loop().time
         self._headers_read = 0.0
-        self._held: list[Attempt] = []
+        self.held: list[Attempt] = []
         """Refused rows that are failures only if another row is answered."""
         self.disk = asyncio.Event()
         """Set whenever answers became durable, or nothing will be sent any more."""
@@ -101,17 +101,17 @@ class Attempts:
 
     def release_held(self) -> None:
         """Rows that were refused are failures after all: others are answered."""
-        for attempt in self._held:
+        for attempt in self.held:
             self.revised.add(attempt.row)
             self._ledger.record(msgspec.structs.replace(attempt, outcome=Outcome.FAILED))
-        self._held.clear()
+        self.held.clear()
 
     def _answered(self, ticket: Ticket, attempt: Attempt, answer: Answer) -> None:
         attempt.outcome = Outcome.ANSWERED
         usage = answer.usage
         self._dispatcher.answered(ticket, usage, answer.times.queue_time, self._now())
         self._guard.answered()
-        if self._held:
+        if self.held:
             self.release_held()
         prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
         price = self._prepared.price(attempt.model, prompt, usage.cached_tokens or 0, completion)
@@ -131,13 +131,17 @@ class Attempts:
         self._dispatcher.pause(self._guard.key_paused_until, "the key")
         turn, settings = ticket.turn, self._prepared.job.retry
         tried = dict(turn.tried or {})
-        tried[failure.kind] = tried.get(failure.kind, 0) + 1
-        again = decide(failure, tried, settings.max_attempts, settings.max_invalid)
+        again: Again | None
+        if ticket.probe and self._dispatcher.breaker.open_since is not None:
+            again = Again(0.0, 0.0)  # it was sent to see whether the outage is over: no fault of the row
+        else:
+            tried[failure.kind] = tried.get(failure.kind, 0) + 1
+            again = decide(failure, tried, settings.max_attempts, settings.max_invalid)
         if again is not None:
             self._dispatcher.again(Turn(turn.request, now + again.wait, turn.attempt + 1, tried), again.cost)
             self._turns.wake()
         elif self._guard.holds(failure):
-            self._held.append(attempt)
+            self.held.append(attempt)
         else:
             attempt.outcome = Outcome.FAILED
 

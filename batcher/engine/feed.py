@@ -11,6 +11,7 @@ from batcher.engine.counts import Counts
 from batcher.engine.prepared import Prepared
 from batcher.engine.publish import Press
 from batcher.engine.turns import Turns
+from batcher.errors import StorageError
 from batcher.ledger import Ledger, Progress
 from batcher.records import UNIT, Attempt, Failure, Kind, Outcome, PartRecord, Row, Turn
 from batcher.schedule import Dispatcher
@@ -54,10 +55,15 @@ class Feed:
         return min(self._limit, self.total)
 
     def take_up(self) -> bool:
-        """Learn what earlier runs have done; whether they had answers. Blocks while it reads the ledger."""
+        """Learn what earlier runs have done; whether they had answers. Blocks while it reads the ledger.
+
+        Raises StorageError when a file is gone whose rows the ledger no longer has.
+        """
         self._parts = self._ledger.parts(UNIT)
         for part, record in self._parts.items():
             start = part * self._size
+            if record.settled > start:
+                self._check_files(record)
             if record.place is not None:
                 self._source.places[start] = Place(*record.place)
             progress = self._ledger.progress(UNIT, max(start, record.settled), start + self._size)
@@ -71,6 +77,20 @@ class Feed:
             self.total = counted[1]
         return self._counts.answered_rows > 0
 
+    def _check_files(self, record: PartRecord) -> None:
+        folder = self._prepared.job.output_folder
+        for file in record.files:
+            try:
+                size = (folder / file.name).stat().st_size
+            except FileNotFoundError:
+                size = -1
+            if size != file.bytes:
+                state = "is gone" if size < 0 else "is not what was written"
+                raise StorageError(
+                    f"{folder / file.name} {state}, and its rows are nowhere else\n"
+                    "put it back, or start anew with another output and ledger"
+                )
+
     def count(self, stopped: Callable[[], bool]) -> None:
         """Learn how many rows there are and what the files hold. Blocks, until `stopped`: for a thread of its own."""
         total = self._source.count(stopped)
@@ -82,6 +102,7 @@ class Feed:
             digest = self._source.digest(file, stopped)
             if digest is None:
                 return
+            self._source.check()
             digests.append(digest)
             self._ledger.set_meta({"digests": msgspec.json.encode(digests)})
 

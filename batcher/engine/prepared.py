@@ -1,6 +1,7 @@
 """A job opened and checked: what has to be in order before anything is sent."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ from batcher.prompt import Composer
 from batcher.sink import Shape
 from batcher.source import FileIdentity, Source, changed, open_source
 
+_SECRET = re.compile(r"auth|key|token|secret|cookie|session|password", re.IGNORECASE)
+"""Names of headers whose values are cut out of everything that comes back."""
+
 
 class Prepared(NamedTuple):
     """A job whose every part was found to be in order; nothing was sent."""
@@ -31,6 +35,8 @@ class Prepared(NamedTuple):
     headers: Mapping[str, str]
     key_env: str | None
     """The variable that holds the key; None where none is sent."""
+    extra: tuple[str, ...]
+    """Names of the headers that come from the environment."""
     secrets: tuple[str, ...]
     """Values that must never be written or printed."""
     keep: tuple[str, ...]
@@ -52,7 +58,9 @@ def prepare(job: Job, base_url: str | None = None) -> Prepared:
         key_env = dialect.api_key_env
     extra = _extra_headers(service.headers_env, origin)
     headers = {"Content-Type": "application/json", **dialect.headers, **extra}
-    secrets = tuple(extra.values())
+    secrets = tuple(
+        word for field, value in extra.items() if _SECRET.search(field) for word in {value, *value.split()[-1:]}
+    )
     if key_env is not None:
         key = _key(key_env, origin)
         headers["Authorization"] = f"Bearer {key}"
@@ -77,7 +85,9 @@ def prepare(job: Job, base_url: str | None = None) -> Prepared:
         if name is not None and name not in source.columns:
             raise JobError(f"{origin}: {section}: no column {name} in the input; its columns are {known}")
     path = {"chat": "/chat/completions", "completions": "/completions"}[template.endpoint]
-    return Prepared(job, source, composer, dialect, parser, base_url + path, headers, key_env, secrets, keep)
+    return Prepared(
+        job, source, composer, dialect, parser, base_url + path, headers, key_env, tuple(extra), secrets, keep
+    )
 
 
 def _kept(job: Job, columns: Sequence[str]) -> tuple[str, ...]:

@@ -63,12 +63,17 @@ class Press:
         self._room = asyncio.Event()
         self._busy = anyio.Lock()
         self._closed = False
+        self._hasty = False
+        self.full = False
+        """Whether the feed waits because too many ranges are open."""
 
     async def begin(self, part: int, rows: range, record: PartRecord | None, window: int) -> Range:
         """Open a range, as soon as not too many are open."""
         while len(self.open) >= OPEN_RANGES + 2 * window // len(rows) and not self._closed:
             self._room.clear()
+            self.full = True
             await self._room.wait()
+        self.full = False
         self.open[part] = opened = Range(part, rows, record)
         return opened
 
@@ -104,8 +109,12 @@ class Press:
     async def publish_open(self) -> None:
         """Publish every open range of which the ledger knows more than its part."""
         for opened in list(self.open.values()):
-            if opened.changed or opened.complete:
+            if (opened.changed or opened.complete) and not self._hasty:
                 await self._publish(opened)
+
+    def stop(self) -> None:
+        """Publish nothing more than the part that is being built."""
+        self._hasty = True
 
     def finish(self) -> None:
         """Nothing more is published."""
@@ -140,6 +149,7 @@ class Press:
             self._ledger.attempts(UNIT, rows.start, rows.stop),
             source.kept(rows.start, rows.stop, self._columns),
             opened.former,
+            source.check,
         )
         settled = rows.stop if complete else opened.settled
         # An open range always has rows to come, even when it is not yet known where the input ends.

@@ -128,7 +128,10 @@ class _Run:
         for attempt in self._ledger.undecided():
             self._attempts.decide_late(attempt)
         try:
-            await self._ledger.flush()
+            await self._settle()
+            if self._ending is not None:
+                raise self._ending
+            self._phase = "running"
             if await anyio.to_thread.run_sync(self._feed.take_up):
                 self._guard.answered_before()
             async with anyio.create_task_group() as rooms:
@@ -197,7 +200,7 @@ class _Run:
         """Everything that arrived becomes durable, or the run ends without it."""
         if self._ending is None:
             self._phase = "publishing"
-            self._attempts.release_held()
+            self._decide_held()
         with anyio.move_on_after(SETTLE, shield=True) as patience:
             try:
                 await self._ledger.flush()
@@ -205,6 +208,16 @@ class _Run:
                 self._end(error)
         if patience.cancelled_caught:
             self._ledger.give_up()
+            self._end(StorageError(f"{self._ledger.path}: the disk takes nothing; run the same command again"))
+
+    def _decide_held(self) -> None:
+        """No answer can come any more that would tell a bad job from bad rows."""
+        if not self._attempts.held:
+            return
+        if refused := self._guard.give_up_on_held():
+            self._end(refused)
+        else:
+            self._attempts.release_held()
 
     async def _heed_signals(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as received:
@@ -214,6 +227,7 @@ class _Run:
                     self._end(InterruptedRunError("interrupted; the same command goes on from here", number))
                 else:
                     self._hasty = True
+                    self._press.stop()
                     self._sending.cancel()
 
     async def _watch(self) -> None:
@@ -224,6 +238,8 @@ class _Run:
             await anyio.sleep(0.5)
             if overdue := self._overdue():
                 self._end(overdue)
+            elif self._press.full and self._dispatcher.idle:
+                self._decide_held()
 
     def _overdue(self) -> PausedError | None:
         since, now = self._dispatcher.breaker.open_since, self._now()
@@ -275,6 +291,8 @@ class _Run:
         for record in self._ledger.parts(UNIT).values():
             totals.add(record.totals)
         selected = self._feed.selected
+        if self._ending is None and selected is not None and totals.rows < selected:
+            self._ending = StorageError(f"{selected - totals.rows} rows have no outcome; run the same command again")
         states = {InterruptedRunError: "interrupted", PausedError: "paused"}
         summary = Summary(
             name=self._prepared.job.name,

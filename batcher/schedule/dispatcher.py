@@ -44,6 +44,8 @@ class Ticket(NamedTuple):
     tokens: float
     uncached: float
     cost: float
+    probe: bool
+    """Whether it goes to see if an outage is over."""
     marks: tuple[float, float]
     """What requests and tokens had been charged in all when it went: headers are read against it."""
 
@@ -138,7 +140,8 @@ class Dispatcher:
         self._spent[1] += tokens
         self.in_flight += 1
         self.breaker.sent(now)
-        return Ticket(turn, now, tokens, uncached, cost, (self._spent[0], self._spent[1]))
+        probe = self.breaker.open_since is not None
+        return Ticket(turn, now, tokens, uncached, cost, probe, (self._spent[0], self._spent[1]))
 
     def answered(self, ticket: Ticket, usage: Usage, queue_time: float | None, now: float) -> None:
         """A request was answered: settle what it used, let the window grow."""
