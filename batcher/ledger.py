@@ -24,8 +24,8 @@ from batcher.killpoint import killpoint
 from batcher.records import Attempt, Kind, Outcome, PartRecord
 
 FORMAT = 1
-GATHER = 0.03
-GATHER_IDLE = 0.001
+GATHER = 0.008
+GATHER_IDLE = 0.002
 """Seconds that answers gather before they are committed together, while the process is busy and while it is not:
 a commit costs as much as 40 rows in it, which matters only when the processor is what is scarce."""
 RESERVE_BYTES = 16 << 20
@@ -246,7 +246,7 @@ class Ledger:
         wall, cpu = time.monotonic(), time.process_time()
         passed = wall - self._measured[0]
         if passed > 0.05:
-            self._gather = GATHER if cpu - self._measured[1] > 0.7 * passed else GATHER_IDLE
+            self._gather = GATHER if cpu - self._measured[1] > 0.9 * passed else GATHER_IDLE
             self._measured = (wall, cpu)
 
     def _write(self, db: sqlite3.Connection) -> None:
