@@ -59,6 +59,21 @@ def test_a_run_survives_a_kill_at_each_named_point(tmp_path: Path, point: str) -
         story.check_repeats()
 
 
+@pytest.mark.parametrize("point", ["responses.renamed", "attempts.placed", "complete.before"])
+def test_a_part_that_is_opened_again_survives_a_kill(tmp_path: Path, point: str) -> None:
+    """A pilot, then all rows, killed where the part's newer self is in place and not yet noted: the run goes on."""
+    stories.write_jsonl(tmp_path / "rows.jsonl", 30)
+    with stories.service(latency=0.005) as service:
+        job = stories.write_job(tmp_path, service.url, in_flight=16, rows_per_part=30)
+        assert stories.run(job, "--limit", "10").returncode == 0
+        story = stories.Kills(tmp_path, service, job, in_flight=16, seed=0)
+        assert story.kill_once(1_000_000, within=0, BATCHER_KILLPOINT=f"{point}:1"), "the point was never reached"
+        ended = stories.run(job)
+        assert ended.returncode == 0, ended.stderr
+        stories.check_complete(tmp_path / "out", 30, service)
+        story.check_repeats()
+
+
 @pytest.mark.soak
 def test_two_hundred_kills_over_five_thousand_rows(tmp_path: Path) -> None:
     """The long form: 200 kills over runs of 5,000 rows."""

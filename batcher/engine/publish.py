@@ -52,9 +52,7 @@ class Press:
         self._prepared = prepared
         self._ledger = ledger
         self._end = end
-        self._sink = Sink(
-            job.output_folder, shape, lambda attempt: prepared.dialect.read(reply(attempt)), prepared.price
-        )
+        self._sink = Sink(job.output_folder, shape, self._read, prepared.price)
         self._sink.prepare()
         self._size = job.output.rows_per_part
         self._columns = shape.kept.names
