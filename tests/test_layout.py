@@ -12,8 +12,9 @@ ROOT = Path(batcher.__file__).parent
 
 FLOORS = (
     {"errors", "killpoint", "records"},
+    {"store"},
     {"job"},
-    {"dialects", "ledger", "parse", "prompt", "report", "retry", "schedule", "sink", "source"},
+    {"dialects", "ledger", "parse", "prompt", "report", "retry", "schedule", "sink", "source", "where"},
     {"transport"},
     {"engine", "verify"},
     {"plan"},

@@ -1,0 +1,56 @@
+"""An SQL condition over rows, as DuckDB understands it."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from batcher.errors import JobError
+
+
+class Condition:
+    """A condition such as "lang = 'en' and score > 3" over columns of these names and types.
+
+    `columns` are the names that it looks at, at least one, in the order of `schema`. `place` opens the messages. Raises
+    JobError where the condition cannot be understood.
+    """
+
+    def __init__(self, sql: str, schema: pa.Schema, place: str) -> None:
+        self._place = place
+        self._query = f"SELECT coalesce(({sql}\n)::BOOLEAN, false) FROM rows"
+        # It is the user's own condition, but a condition that reads files or the net is none.
+        self._database = duckdb.connect(config={"enable_external_access": "false"})
+        serialized = self._ask("SELECT json_serialize_sql(?)", [self._query]).fetchall()[0][0]
+        tree = json.loads(serialized)
+        if tree["error"]:
+            raise JobError(f"{place}: not an SQL condition: {tree['error_message']}")
+        used = {name.casefold() for name in _names(tree)}
+        self.columns = tuple(name for name in schema.names if name.casefold() in used) or tuple(schema.names[:1])
+        self.mask(pa.RecordBatch.from_pylist([], schema))  # says what is wrong with names and types
+
+    def mask(self, batch: pa.RecordBatch) -> pa.BooleanArray:
+        """Which rows it holds for; null counts as false. The batch has `columns` at least. Raises JobError."""
+        self._database.register("rows", batch)
+        found = [row for (row,) in self._ask(self._query, []).fetchall()]
+        if len(found) != len(batch):
+            raise JobError(f"{self._place}: a condition that gives one truth for each row, please")
+        return pa.array(found, pa.bool_())
+
+    def _ask(self, query: str, values: list[str]) -> Any:
+        try:
+            return self._database.execute(query, values)
+        except duckdb.Error as error:
+            raise JobError(f"{self._place}: {str(error).splitlines()[0]}") from None
+
+
+def _names(tree: Any) -> Iterator[str]:
+    """Every word in a parsed statement that may name a column."""
+    if isinstance(tree, dict):
+        yield from tree.get("column_names") or ()
+        for inner in tree.values():
+            yield from _names(inner)
+    elif isinstance(tree, list):
+        for inner in tree:
+            yield from _names(inner)
