@@ -284,7 +284,7 @@ def test_both_ceilings_hold_together() -> None:
     world = World(made, Steady(), turns(*rows)).run(until=120)
     world.check_windows(600, lambda _: 1.0)
     world.check_windows(60_000, lambda ticket: ticket.tokens)
-    assert made.pressure().binds == "tokens per minute"
+    assert made.pressure().binds == "schedule.tokens_per_minute"
     assert len(world.sent) >= 0.95 * 600
 
 
@@ -964,7 +964,7 @@ def test_a_turn_is_held_until_its_answer_has_landed() -> None:
     assert len(tickets) == 2
     made.answered(tickets[0], usage(1, 1), None, 1.0)
     assert made.take(1.0) is None
-    assert made.pressure().binds == "in flight"
+    assert made.pressure().binds == "schedule.max_in_flight"
     made.landed(1)
     assert len(taken(made, 1.0)) == 1
 
@@ -982,3 +982,48 @@ def test_what_binds_is_said() -> None:
     assert (made.waiting, made.idle) == (5, False)
     made.pause(5.0, "nothing")
     assert made.take(0.0) == 10.0
+
+
+def test_what_held_a_run_back_is_told_in_seconds() -> None:
+    """Not the last word counts but how long each one held, however often it was asked meanwhile."""
+    made = dispatcher(max_in_flight=2)
+    assert made.take(0.0) is None
+    assert made.take(1.0) is None
+    made.offer(turns(*(request(row) for row in range(5))))
+    assert len(taken(made, 1.5)) == 2
+    assert made.held(4.0) == {"input": 1.5, "schedule.max_in_flight": 2.5}
+    made.window.congested(1.9, 4.0)
+    made.landed(1)
+    assert made.take(4.5) is None
+    assert made.held(5.0) == {"schedule.max_in_flight": 0.5, "capacity": 0.5}
+    assert made.held(5.0) == {"capacity": 0.0}
+    assert made.sent == 2
+
+
+def test_nobody_has_to_ask_to_know_that_all_places_are_taken() -> None:
+    """When as many are out as ever may be, no worker is left that would be refused."""
+    made = dispatcher(max_in_flight=2)
+    made.offer(turns(request(0), request(1)))
+    assert isinstance(made.take(0.0), Ticket)
+    assert isinstance(made.take(0.0), Ticket)
+    assert made.pressure().binds == "schedule.max_in_flight"
+    few = dispatcher(ceiling=1, max_in_flight=2)
+    few.offer(turns(request(0)))
+    assert isinstance(few.take(0.0), Ticket)
+    assert few.pressure().binds == "open files"
+
+
+def test_the_share_of_each_bucket_that_is_used_is_told() -> None:
+    """A bucket that is drained is used up; it refills with time; a refusal closes one whose size nobody has said."""
+    made = dispatcher(max_in_flight=100, tokens=6_100)
+    assert made.used(0.0) == {"schedule.tokens_per_minute": 0.0}
+    made.offer(turns(request(0, prompt=25, cap=25), *(request(row) for row in range(1, 50))))
+    ticket = taken(made, 0.0)[0]
+    assert made.used(0.0) == {"schedule.tokens_per_minute": pytest.approx(0.5)}
+    assert made.used(0.25) == {"schedule.tokens_per_minute": pytest.approx(0.25)}
+    made.limits([minute("requests", 600, 60)], ticket, 1.0)
+    made.failed(ticket, refused(5.0, Limit("tokens", 1.0, None, None, None)), 1.0)
+    used = made.used(2.0)
+    assert used["requests per minute"] == pytest.approx(0.9, abs=0.05)
+    assert used["tokens per second"] == 1.0
+    assert made.used(6.5)["tokens per second"] == 0.0

@@ -253,7 +253,7 @@ class _Run:
         if self._turns.until is not None and self._turns.until - now > LONGEST_WAIT and not self._dispatcher.in_flight:
             hours = (self._turns.until - now) / 3600
             return PausedError(
-                f"{self._dispatcher.pressure().binds} are used up for {hours:.1f} h\nrun the same command again then"
+                f"{self._dispatcher.pressure().binds}: used up for {hours:.1f} h\nrun the same command again then"
             )
         return None
 

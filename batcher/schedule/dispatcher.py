@@ -27,6 +27,9 @@ _ASKED_TO_WAIT = {Kind.RATE_LIMITED, Kind.DAY_QUOTA}
 _NOT_CONSUMED = {*_UNREACHABLE, Kind.RATE_LIMITED, Kind.OVERLOADED, Kind.DAY_QUOTA, Kind.LOCAL_RESOURCES}
 
 
+_MOST_IN_FLIGHT = "schedule.max_in_flight"
+
+
 class Pace(NamedTuple):
     """What the job says of its own speed; None and "auto" say nothing. Rates are per minute."""
 
@@ -58,6 +61,7 @@ class Pressure(NamedTuple):
     fresh: int
     retrying: int
     binds: str
+    """What held the last request back that could not go: a word of docs/scheduling.md."""
 
 
 class Dispatcher:
@@ -77,7 +81,7 @@ class Dispatcher:
         self._blocked_until = now
         self._blocked_by = ""
         self._own = [
-            (resource, Bucket.within(f"{resource.replace('_', ' ')} per minute", limit, now))
+            (resource, Bucket.within(f"schedule.{resource}_per_minute", limit, now))
             for resource in ("requests", "tokens", "uncached_tokens")
             if (limit := getattr(pace, resource)) is not None
         ]
@@ -89,7 +93,9 @@ class Dispatcher:
         self._cached_share = 0.0
         self._refusals = 0
         self._refused_at = now
-        self._binds = "input"
+        self._at_ceiling = "open files" if ceiling < (pace.max_in_flight or AUTO_CEILING) else _MOST_IN_FLIGHT
+        self._binds, self._bound_since = "input", now
+        self._held: dict[str, float] = {}
 
     # What happens
 
@@ -105,21 +111,21 @@ class Dispatcher:
     def take(self, now: float) -> Ticket | float | None:
         """The next request with the right to send it; or the moment to ask again; or None: when something happened."""
         if not self._fresh and not self._again:
-            self._binds = "input"
+            self._bind("input", now)
             return None
         if self.in_flight >= int(self.window.size):
-            self._binds = "in flight"
+            self._bind(self._full(), now)
             return None
         until = max(self._blocked_until, self.breaker.ready(now))
         if until > now:
-            self._binds = "outage" if self.breaker.open_since is not None else self._blocked_by
+            self._bind("outage" if self.breaker.open_since is not None else self._blocked_by, now)
             return until
         retry = bool(self._again) and self._again[0][0] <= now and self._affords(self._again[0][2], now)
         if retry and self._fresh and self.breaker.open_since is not None:
             retry = False  # rows that have not failed yet make the probes: an outage must not use up anyone's attempts
         if not retry and not self._fresh:
             ready, _, cost, _ = self._again[0]
-            self._binds = "retries"
+            self._bind("retries", now)
             return max(ready, self._retries_at + cost - self._retries)
         _, _, cost, turn = self._again[0] if retry else (0.0, 0, 0.0, self._fresh[0])
         tokens = self._estimate(turn)
@@ -127,7 +133,7 @@ class Dispatcher:
         for resource, bucket in self._buckets():
             at = bucket.ready(_charge(resource, tokens, uncached), now)
             if at > now:
-                self._binds = bucket.name
+                self._bind(bucket.name, now)
                 return at
         if retry:
             heapq.heappop(self._again)
@@ -139,6 +145,8 @@ class Dispatcher:
         self._spent[0] += 1
         self._spent[1] += tokens
         self.in_flight += 1
+        if self.in_flight >= self.window.ceiling:
+            self._bind(self._at_ceiling, now)  # every worker is out now, and nobody will ask
         self.breaker.sent(now)
         probe = self.breaker.open_since is not None
         return Ticket(turn, now, tokens, uncached, cost, probe, (self._spent[0], self._spent[1]))
@@ -216,7 +224,35 @@ class Dispatcher:
         """The state in numbers and a word."""
         return Pressure(self.in_flight, int(self.window.size), len(self._fresh), len(self._again), self._binds)
 
+    @property
+    def sent(self) -> int:
+        """Requests that were let go."""
+        return int(self._spent[0])
+
+    def held(self, now: float) -> dict[str, float]:
+        """Seconds that each thing held requests back since this was last asked."""
+        self._note_held(now)
+        held, self._held = self._held, {}
+        return held
+
+    def used(self, now: float) -> dict[str, float]:
+        """By the names of the buckets: which share of it is used up, 0 to 1."""
+        return {bucket.name: bucket.used(now) for _, bucket in self._buckets()}
+
     # How it is reckoned
+
+    def _bind(self, what: str, now: float) -> None:
+        """From now on this holds requests back; until now it was what was said last."""
+        if what != self._binds:
+            self._note_held(now)
+            self._binds = what
+
+    def _note_held(self, now: float) -> None:
+        self._held[self._binds] = self._held.get(self._binds, 0.0) + now - self._bound_since
+        self._bound_since = now
+
+    def _full(self) -> str:
+        return self._at_ceiling if int(self.window.size) >= self.window.ceiling else "capacity"
 
     def _refused(self, failure: Failure, ticket: Ticket, now: float) -> None:
         """A quota is used up: block what the refusal names, as long as it says; everything when it names nothing."""

@@ -50,6 +50,13 @@ class Bucket:
             return self.blocked_until
         return max(self.blocked_until, now + missing / self.rate)
 
+    def used(self, now: float) -> float:
+        """Which share is used up, 0 to 1; of a bucket whose size nobody has said, whether it is closed."""
+        if self.rate is None or self.blocked_until > now or self.capacity <= 0:
+            return float(self.blocked_until > now)
+        self._refill(now)
+        return min(1.0, max(0.0, 1.0 - self.level / self.capacity))
+
     def charge(self, cost: float, now: float) -> None:
         """Take `cost` out; a negative one gives back."""
         self._refill(now)
