@@ -21,7 +21,7 @@ import msgspec
 
 from batcher.errors import OutputInUseError, StorageError
 from batcher.killpoint import killpoint
-from batcher.records import Attempt, Kind, Outcome, PartRecord
+from batcher.records import Attempt, Kind, Note, Outcome, PartRecord, Second
 
 FORMAT = 1
 GATHER = 0.008
@@ -42,7 +42,16 @@ CREATE TABLE IF NOT EXISTS parts (
     unit INTEGER NOT NULL, part INTEGER NOT NULL, record BLOB NOT NULL,
     PRIMARY KEY (unit, part)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS timeline (
+    id INTEGER PRIMARY KEY, time INTEGER NOT NULL, grain INTEGER NOT NULL, seconds REAL NOT NULL,
+    sent INTEGER NOT NULL, answered INTEGER NOT NULL, refused INTEGER NOT NULL, failed INTEGER NOT NULL,
+    rows INTEGER NOT NULL, in_flight REAL NOT NULL, window REAL NOT NULL,
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost_usd REAL,
+    binds TEXT NOT NULL, held TEXT NOT NULL, buckets TEXT NOT NULL
+);
 """
+_FOLDS = ((3600, 60), (86400, 3600))
+"""What lies back further than this many seconds is kept in spans of so many: an hour of seconds, a day of minutes."""
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs", "ncpfs"}
 _LOCAL_FUSE = {"fuseblk", "fuse.ext2", "fuse.ntfs", "fuse.exfat"}
 
@@ -221,6 +230,17 @@ class Ledger:
         self._queue.put(_Write(write, done))
         return done
 
+    def note(self, note: Note, second: Second | None = None) -> None:
+        """Queue what a run says of itself, and a line of the timeline."""
+        encoded = msgspec.msgpack.encode(note)  # now: it goes on changing
+
+        def write(db: sqlite3.Connection) -> None:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('note', ?)", (encoded,))
+            if second is not None:
+                _put_second(db, second)
+
+        self._queue.put(_Write(write, Future()))
+
     async def flush(self) -> None:
         """Return when everything that was queued before is durable. Raises StorageError when it cannot be."""
         self.hand_over()
@@ -360,6 +380,22 @@ def parts_of(ledger: sqlite3.Connection, unit: int) -> Iterator[tuple[int, PartR
             raise StorageError(f"the ledger's record of part {part} is damaged; start anew in another output") from None
 
 
+def note_of(ledger: sqlite3.Connection) -> Note | None:
+    """What the last run said of itself; None where it came to say nothing."""
+    try:
+        found = ledger.execute("SELECT value FROM meta WHERE key = 'note'").fetchone()
+        return msgspec.msgpack.decode(found[0], type=Note) if found else None
+    except (sqlite3.OperationalError, msgspec.MsgspecError):
+        return None  # a ledger that was only just made
+
+
+def timeline_of(ledger: sqlite3.Connection, since: int = 0) -> Iterator[Second]:
+    """The lines of the timeline from this second of UTC on, in the order in which they happened."""
+    with suppress(sqlite3.OperationalError):  # a ledger that was only just made
+        for _, second in _seconds(ledger, "time >= ?", since):
+            yield second
+
+
 def done_rows(ledger: sqlite3.Connection, unit: int, start: int, stop: int) -> list[int]:
     """Rows of [start, stop) whose outcome the ledger still holds, in order."""
     rows = ledger.execute(
@@ -393,6 +429,64 @@ def _put_part(db: sqlite3.Connection, unit: int, part: int, record: PartRecord) 
     db.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", (unit, part, msgspec.msgpack.encode(record)))
 
 
+_COUNTS = ("sent", "answered", "refused", "failed", "rows", "prompt_tokens", "completion_tokens")
+_MEANS = ("in_flight", "window")
+_SECOND = ("time", "seconds", *_COUNTS, *_MEANS, "cost_usd")
+
+
+def _put_second(db: sqlite3.Connection, second: Second) -> None:
+    """Add a line to the timeline, and fold the old ones once a minute: so the table stays small."""
+    last = db.execute("SELECT time FROM timeline ORDER BY id DESC LIMIT 1").fetchone()
+    _insert_second(db, None, 1, second)
+    if last is None or last[0] // 60 != second.time // 60:
+        for age, grain in _FOLDS:
+            _fold(db, (second.time - age) // grain * grain, grain)
+
+
+def _insert_second(db: sqlite3.Connection, place: int | None, grain: int, second: Second) -> None:
+    values = [getattr(second, name) for name in _SECOND]
+    texts = [second.binds, *(msgspec.json.encode(each).decode() for each in (second.held, second.buckets))]
+    names = ", ".join(("id", "grain", *_SECOND, "binds", "held", "buckets"))
+    db.execute(
+        f"INSERT INTO timeline ({names}) VALUES ({', '.join('?' * (len(values) + 5))})", (place, grain, *values, *texts)
+    )
+
+
+def _seconds(db: sqlite3.Connection, where: str, *values: int) -> Iterator[tuple[int, Second]]:
+    chosen = f"SELECT id, {', '.join(_SECOND)}, held, buckets FROM timeline WHERE {where} ORDER BY id"
+    for place, *figures, held, buckets in db.execute(chosen, values):
+        shares = (msgspec.json.decode(text, type=dict[str, float]) for text in (held, buckets))
+        yield place, Second(**dict(zip((*_SECOND, "held", "buckets"), (*figures, *shares), strict=True)))
+
+
+def _fold(db: sqlite3.Connection, before: int, grain: int) -> None:
+    """Add up what happened before this second of UTC into spans of `grain` seconds."""
+    groups: dict[int, list[tuple[int, Second]]] = {}
+    for place, second in _seconds(db, "time < ? AND grain < ?", before, grain):
+        groups.setdefault(second.time // grain * grain, []).append((place, second))
+    for start, members in groups.items():
+        db.executemany("DELETE FROM timeline WHERE id = ?", [(place,) for place, _ in members])
+        _insert_second(db, members[0][0], grain, added_up(start, [second for _, second in members]))
+
+
+def added_up(time: int, seconds: Sequence[Second]) -> Second:
+    """Several spans as one that begins at `time`."""
+    whole = Second(time=time, seconds=sum(each.seconds for each in seconds))
+    for name in _COUNTS:
+        setattr(whole, name, sum(getattr(each, name) for each in seconds))
+    costs = [each.cost_usd for each in seconds]
+    whole.cost_usd = None if None in costs else sum(cost for cost in costs if cost is not None)
+    shares = [each.seconds / (whole.seconds or 1.0) for each in seconds]
+    for name in _MEANS:
+        setattr(whole, name, sum(share * getattr(each, name) for share, each in zip(shares, seconds, strict=True)))
+    for share, each in zip(shares, seconds, strict=True):
+        for what, held in each.held.items():
+            whole.held[what] = whole.held.get(what, 0.0) + held
+        for bucket, used in each.buckets.items():
+            whole.buckets[bucket] = whole.buckets.get(bucket, 0.0) + share * used
+    return whole
+
+
 class Lock:
     """The right to write to one folder, held until this process ends. Raises OutputInUseError, StorageError."""
 
@@ -401,11 +495,15 @@ class Lock:
             self._descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise StorageError(f"{folder}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._descriptor)
-            raise OutputInUseError(f"{folder} is in use by another run; wait for it, or stop it first") from None
+        for again in reversed(range(20)):
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                if again:
+                    time.sleep(0.01)  # it may be somebody who only looks, see `held`
+        os.close(self._descriptor)
+        raise OutputInUseError(f"{folder} is in use by another run; wait for it, or stop it first") from None
 
     def __enter__(self) -> Self:
         return self
@@ -414,6 +512,21 @@ class Lock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._descriptor)
+
+
+def held(folder: Path) -> bool:
+    """Whether somebody has the right to write to a folder. It is asked by taking a share in it for an instant."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def refuse_network_file_system(folder: Path, mounts: str | None = None) -> None:

@@ -53,6 +53,8 @@ class Kind(StrEnum):
     NOT_SERVED = "not_served"  # 405, 406, 411, 412, 414, 415, 426, 428, 431, 501, 505: the way we speak
     PROXY = "proxy"  # 407
     REDIRECT = "redirect"
+    # We did not wait for what came.
+    INTERRUPTED = "interrupted"  # the run was asked to end while it was in flight
 
 
 class Outcome(IntEnum):
@@ -136,6 +138,8 @@ class Failure(msgspec.Struct, frozen=True, gc=False):
     """The buckets that the refusal names or describes."""
     body: bytes | None = None
     paid: bool = False
+    usage: "Usage | None" = None
+    """What the service counted, where it said so all the same."""
 
 
 class ToolCall(msgspec.Struct, frozen=True, gc=False):
@@ -304,13 +308,74 @@ class Snapshot(NamedTuple):
     window: int
     waiting: int
     binds: str
-    """What holds the run back: input, in flight, requests per minute, tokens per minute, retries, outage, …"""
+    """What held the run back for most of the last second: a word of docs/scheduling.md."""
+    buckets: Mapping[str, float]
+    """By name: the share of each limit that is used up, 0 to 1."""
+    requests: int
+    """Sent, answered or not."""
+    refused: int
+    """Of them, those that the service refused for want of quota, credit or room."""
     prompt_tokens: int
     completion_tokens: int
     cost_usd: float | None
     seconds: float
     phase: str
     """running, draining, publishing; at the end the summary's state."""
+
+
+class Second(msgspec.Struct, kw_only=True):
+    """What happened in a span of a run, a second as a rule; `time` is when it began, in seconds of UTC.
+
+    Old seconds are added up into longer spans: counts are sums then, `in_flight`, `window` and `buckets` means.
+    """
+
+    time: int
+    seconds: float
+    """How much of a run is in it."""
+    sent: int = 0
+    answered: int = 0
+    """Answers that came."""
+    refused: int = 0
+    """Requests that were refused for want of quota, credit or room."""
+    failed: int = 0
+    """Requests that failed in another way."""
+    rows: int = 0
+    """Rows that became done, answered or failed, and durable."""
+    in_flight: float = 0
+    window: float = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float | None = 0.0
+    """Of what was or may have been paid; None where a price is not known."""
+    held: dict[str, float] = {}
+    """Seconds by what held requests back."""
+    buckets: dict[str, float] = {}
+    """The share of each limit that was used up, 0 to 1."""
+
+    @property
+    def binds(self) -> str:
+        """What held requests back for most of the time."""
+        return max(self.held, key=self.held.__getitem__, default="")
+
+
+class Trouble(msgspec.Struct):
+    """Failed attempts of one kind: how many, and the last one's message and time of sending (seconds of UTC)."""
+
+    attempts: int
+    message: str
+    sent_at: int
+
+
+class Note(msgspec.Struct, kw_only=True):
+    """What a run leaves in the ledger about itself once a second, for whoever looks in from outside."""
+
+    time: int
+    """When this was noted, in seconds of UTC."""
+    started_at: str
+    pid: int
+    snapshot: Snapshot
+    troubles: dict[str, Trouble]
+    """By kind, of this run."""
 
 
 class Summary(msgspec.Struct, kw_only=True):

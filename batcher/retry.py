@@ -59,6 +59,8 @@ RULES: Mapping[Kind, Rule] = {
     Kind.REDIRECT: Rule(2, BACK_OFF),
     Kind.NOT_FOUND: Rule(2, BACK_OFF),
     Kind.UNAUTHORIZED: Rule(MAX_REQUEUES, CAPACITY, charged=False, cost=0),
+    # It was our own doing, and what is asked again is asked by the next run, at once.
+    Kind.INTERRUPTED: Rule(_ALWAYS, AT_ONCE, charged=False, cost=0),
 }
 """Kinds that are not named here end their row at once. INVALID_OUTPUT's limit is the job's."""
 

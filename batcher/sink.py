@@ -90,6 +90,8 @@ ATTEMPTS = pa.schema(
         ("prompt_tokens", pa.int64()),
         ("cached_tokens", pa.int64()),
         ("completion_tokens", pa.int64()),
+        ("reasoning_tokens", pa.int64()),
+        ("cost_usd", pa.float64()),
         ("retry_after", pa.float64()),
     ]
 )
@@ -296,6 +298,7 @@ class Sink:
             body = attempt.body
             answer = self._read(attempt) if body is not None and attempt.status == 200 else None
             told = answer.usage if isinstance(answer, Answer) else None
+            prompt, completion, price = self._billed(attempt, told)
             if attempt.attempt:
                 usage = told or _UNKNOWN
                 group.attempts.append(
@@ -312,22 +315,11 @@ class Sink:
                         usage.prompt_tokens,
                         usage.cached_tokens,
                         usage.completion_tokens,
+                        usage.reasoning_tokens,
+                        price,
                         attempt.retry_after,
                     )
                 )
-            prompt: int | None
-            completion: int | None
-            if told is not None:
-                prompt, completion = told.prompt_tokens, told.completion_tokens
-            elif attempt.paid:
-                # It may be on the bill, and nobody said with how much: the most it can be, where there is a most.
-                prompt, completion = attempt.prompt_tokens, attempt.output_tokens or None
-            else:
-                continue
-            if prompt is None or completion is None:
-                price = None
-            else:
-                price = self._cost(attempt.model, prompt, (told and told.cached_tokens) or 0, completion)
             billed_prompt = None if billed_prompt is None or prompt is None else billed_prompt + prompt
             billed_completion = (
                 None if billed_completion is None or completion is None else billed_completion + completion
@@ -372,6 +364,19 @@ class Sink:
         elif last.outcome is Outcome.FAILED:
             group.failed.append(row)
             group.failures.append((last.kind, last.status, last.type, last.code, last.message, *paid, last.body))
+
+    def _billed(self, attempt: Attempt, told: Usage | None) -> tuple[int | None, int | None, float | None]:
+        """Prompt and completion tokens of an attempt that are or may be on the bill, and what they cost."""
+        if told is not None:
+            prompt, completion = told.prompt_tokens, told.completion_tokens
+        elif attempt.paid:
+            # It may be on the bill, and nobody said with how much: the most it can be, where there is a most.
+            prompt, completion = attempt.prompt_tokens, attempt.output_tokens or None
+        else:
+            return 0, 0, 0.0
+        if prompt is None or completion is None:
+            return prompt, completion, None
+        return prompt, completion, self._cost(attempt.model, prompt, (told and told.cached_tokens) or 0, completion)
 
     def _tables(self, group: "_Group", kept: pa.Table) -> dict[str, pa.Table]:
         """One group's tables, with the input's columns beside the answers."""

@@ -213,8 +213,8 @@ BREAKS = (
     Break(
         "unknown tokens are billed as none",
         "sink.py",
-        "                prompt, completion = told.prompt_tokens, told.completion_tokens\n",
-        "                prompt, completion = told.prompt_tokens or 0, told.completion_tokens or 0\n",
+        "            prompt, completion = told.prompt_tokens, told.completion_tokens\n",
+        "            prompt, completion = told.prompt_tokens or 0, told.completion_tokens or 0\n",
         SINK,
     ),
     Break(

@@ -53,6 +53,7 @@ TABLE: dict[Kind, tuple[int, bool, tuple[float, float]]] = {
     Kind.NOT_SERVED: (NEVER, True, SOON),
     Kind.PROXY: (NEVER, True, SOON),
     Kind.REDIRECT: (2, True, ROUGH),
+    Kind.INTERRUPTED: (EVER, False, SOON),
 }
 """Of each kind: how often a row may be asked again for it, whether that is charged to the row, and the waits."""
 

@@ -191,6 +191,8 @@ ATTEMPT = {
     "prompt_tokens": "int64",
     "cached_tokens": "int64",
     "completion_tokens": "int64",
+    "reasoning_tokens": "int64",
+    "cost_usd": "double",
     "retry_after": "double",
 }
 TOOL_CALLS = "list<element: struct<id: string, type: string, name: string, arguments: string>>"
@@ -350,6 +352,8 @@ def test_the_bill_sums_every_attempt_that_may_be_paid(
     assert row["cost_usd"] == (None if whole is None else pytest.approx(whole))
     assert (totals.billed_prompt_tokens, totals.billed_completion_tokens) == (prompt or 0, completion or 0)
     assert row["attempts"] == len(tried)
+    costs = [sent["cost_usd"] for sent in output.rows("attempts")]
+    assert (None if None in costs else pytest.approx(sum(costs))) == row["cost_usd"]
 
 
 def test_kept_columns_give_way_to_ours(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """One attempt: send a request, keep what came, decide what follows. A row's life is one of these, or several."""
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -63,7 +64,11 @@ class Attempts:
 
     async def attempt(self, ticket: Ticket) -> None:
         """Send one request, keep what came of it, decide. The turn is given back when the disk has it."""
-        result = await self._transport.send(ticket.turn.request)
+        try:
+            result = await self._transport.send(ticket.turn.request)
+        except asyncio.CancelledError:
+            self._interrupted(ticket)
+            raise
         attempt = _recorded(ticket, result)
         self._ledger.record(attempt)  # on its way to the disk before anything looks into it
         outcome = self.judge(result)
@@ -87,16 +92,22 @@ class Attempts:
         if not isinstance(value, Misfit):
             return answer
         cut = " (the answer was cut off at its token limit)" if first.finish_reason == "length" else ""
-        return Failure(Kind.INVALID_OUTPUT, value.message + cut, result.timing, result.status, paid=True)
+        return Failure(
+            Kind.INVALID_OUTPUT, value.message + cut, result.timing, result.status, paid=True, usage=answer.usage
+        )
 
     def decide_late(self, attempt: Attempt) -> None:
         """Decide what a run that died had recorded and not decided."""
-        judged = self.judge(reply(attempt)) if attempt.status == 200 else None
+        if attempt.status == 200:
+            judged = self.judge(reply(attempt))
+        elif attempt.status is not None:
+            judged = self._prepared.dialect.refusal(reply(attempt))
+        else:
+            judged = _INTERRUPTED
         if isinstance(judged, Answer):
             attempt.outcome = Outcome.ANSWERED
         else:
-            attempt.outcome = Outcome.AGAIN
-            attempt.kind = judged.kind if judged else None
+            _explain(attempt, judged)
         self._ledger.record(attempt)
 
     def release_held(self) -> None:
@@ -118,11 +129,8 @@ class Attempts:
         self._counts.answered(prompt, completion, price)
 
     def _failed(self, ticket: Ticket, attempt: Attempt, failure: Failure) -> None:
-        attempt.outcome = Outcome.AGAIN
-        attempt.kind, attempt.status = failure.kind, failure.status
-        attempt.type, attempt.code, attempt.message = failure.type, failure.code, failure.message
-        attempt.retry_after, attempt.paid = failure.retry_after, failure.paid
-        self._counts.last_failure = failure.message
+        _explain(attempt, failure)
+        self._count_failed(attempt, failure)
         now = self._now()
         self._dispatcher.failed(ticket, failure, now)
         if ended := self._guard.failed(failure, attempt.row, now):
@@ -145,11 +153,44 @@ class Attempts:
         else:
             attempt.outcome = Outcome.FAILED
 
+    def _interrupted(self, ticket: Ticket) -> None:
+        """The run ends without waiting for what comes: the request was sent, and may be paid."""
+        seconds = self._now() - ticket.sent
+        timing = Timing(int((time.time() - seconds) * 1e6), seconds)
+        failure = msgspec.structs.replace(_INTERRUPTED, timing=timing)
+        attempt = _recorded(ticket, failure)
+        _explain(attempt, failure)
+        self._count_failed(attempt, failure)
+        self._ledger.record(attempt)
+
+    def _count_failed(self, attempt: Attempt, failure: Failure) -> None:
+        self._counts.failed(failure, attempt.sent_at)
+        used = failure.usage
+        if used is not None:
+            prompt, cached, completion = used.prompt_tokens, used.cached_tokens or 0, used.completion_tokens
+        elif failure.paid:
+            prompt, cached, completion = attempt.prompt_tokens, 0, attempt.output_tokens or None
+        else:
+            return
+        if prompt is not None and completion is not None:
+            self._counts.paid(prompt, completion, self._prepared.price(attempt.model, prompt, cached, completion))
+
     def _heed_headers(self, ticket: Ticket, result: Reply | Failure) -> None:
         now = self._now()
         if isinstance(result, Reply) and now - self._headers_read >= HEADERS_EVERY:
             self._headers_read = now
             self._dispatcher.limits(self._prepared.dialect.limits(result.headers), ticket, now)
+
+
+_INTERRUPTED = Failure(Kind.INTERRUPTED, "the run ended while this was in flight", paid=True)
+
+
+def _explain(attempt: Attempt, failure: Failure) -> None:
+    """Write down why an attempt gave no answer; its row is to be asked again unless more is said."""
+    attempt.outcome = Outcome.AGAIN
+    attempt.kind, attempt.status = failure.kind, failure.status
+    attempt.type, attempt.code, attempt.message = failure.type, failure.code, failure.message
+    attempt.retry_after, attempt.paid = failure.retry_after, failure.paid
 
 
 def _recorded(ticket: Ticket, result: Reply | Failure) -> Attempt:

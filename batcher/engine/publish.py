@@ -75,6 +75,11 @@ class Press:
         self.open[part] = opened = Range(part, rows, record)
         return opened
 
+    @property
+    def behind(self) -> bool:
+        """Whether a complete range waits to be published."""
+        return bool(self._due) or self._busy.locked()
+
     def of(self, row: int) -> Range | None:
         """The open range that a row is in."""
         return self.open.get(row // self._size)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 
 import anyio
@@ -16,11 +17,12 @@ import anyio.to_thread
 import msgspec
 from anyio.abc import TaskStatus
 
-from batcher.engine.attempt import Attempts
+from batcher.engine.attempt import BACKLOG_BYTES, Attempts
 from batcher.engine.counts import Counts
 from batcher.engine.feed import Feed
 from batcher.engine.prepared import Prepared, agree, prepare
 from batcher.engine.publish import Press
+from batcher.engine.timeline import Timeline
 from batcher.engine.turns import Turns
 from batcher.errors import BatcherError, InterruptedRunError, JobError, PausedError, StorageError
 from batcher.job import Job
@@ -116,6 +118,9 @@ class _Run:
         self._guard = Guard()
         self._attempts = Attempts(
             prepared, transport, self._dispatcher, self._turns, ledger, self._guard, self._counts, self._end
+        )
+        self._timeline = Timeline(
+            ledger, self._dispatcher, self._counts, self._why_idle, self._started, self._started_at
         )
         self._sending = anyio.CancelScope()
         self._ending: BatcherError | None = None
@@ -231,8 +236,10 @@ class _Run:
                     self._sending.cancel()
 
     async def _watch(self) -> None:
-        """Tell whoever watches, and end a run that waits for too long."""
-        while True:
+        """Tell whoever watches, note where time goes, and end a run that waits for too long."""
+        for ticks in count():
+            if ticks % 2 == 0:
+                self._tick()
             if self._watcher is not None:
                 self._watcher(self._snapshot())
             await anyio.sleep(0.5)
@@ -240,6 +247,20 @@ class _Run:
                 self._end(overdue)
             elif self._press.full and self._dispatcher.idle:
                 self._decide_held()
+
+    def _tick(self) -> None:
+        stuck = None
+        if self._phase != "running":
+            stuck = self._phase
+        elif self._ledger.backlog > BACKLOG_BYTES:
+            stuck = "the disk"
+        self._timeline.tick(self._snapshot(), self._now(), stuck)
+
+    def _why_idle(self) -> str:
+        """Why there is no row that could be sent."""
+        if self._press.full:
+            return "publishing" if self._press.behind else "open parts"
+        return "the last rows" if self._feed.ended else "input"
 
     def _overdue(self) -> PausedError | None:
         since, now = self._dispatcher.breaker.open_since, self._now()
@@ -277,7 +298,10 @@ class _Run:
             in_flight=pressure.in_flight,
             window=pressure.window,
             waiting=pressure.fresh + pressure.retrying,
-            binds=pressure.binds,
+            binds=self._timeline.binds,
+            buckets=self._dispatcher.used(self._now()),
+            requests=self._dispatcher.sent,
+            refused=counts.refused,
             prompt_tokens=counts.prompt_tokens,
             completion_tokens=counts.completion_tokens,
             cost_usd=counts.cost,
@@ -311,6 +335,7 @@ class _Run:
             text = msgspec.json.format(msgspec.json.encode(summary), indent=2)
             _write_whole(self._prepared.job.output_folder / "summary.json", text)
             self._press.finish()
+        self._timeline.tick(self._snapshot(), self._now(), "publishing")
         if self._watcher is not None:
             self._watcher(self._snapshot())
         if self._ending is not None:
