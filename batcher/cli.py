@@ -3,7 +3,8 @@
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batcher.errors import BatcherError, JobError, StorageError
-from batcher.report import Progress, count, failure_lines, printable, render
+from batcher.report import Log, Progress, count, failure_lines, printable, render, status_text
 
 if TYPE_CHECKING:
     from batcher.job import Job
@@ -32,6 +33,18 @@ _Output = Annotated[Path, typer.Argument(metavar="OUT", help="The output's folde
 _Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the job file; may be repeated."),
+]
+
+
+class LogFormat(StrEnum):
+    """How a run tells of itself on standard error."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+_LogFormat = Annotated[
+    LogFormat, typer.Option("--log-format", help="json: one JSON object per line, and nothing on standard output.")
 ]
 _Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="The first N rows only.")]
 
@@ -69,23 +82,53 @@ def run(
     settings: _Settings = None,
     limit: _Limit = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    log_format: _LogFormat = LogFormat.TEXT,
 ) -> None:
     """Run a job, or go on with one that was interrupted."""
+    log = Log() if log_format is LogFormat.JSON else None
+    with _telling(log):
+        _run(_load(job, settings, limit), quiet, log)
+
+
+def _run(job: "Job", quiet: bool, log: Log | None) -> None:
+    """Run a job, tell how it goes and what it left. Ends with typer.Exit where rows have failed."""
     import batcher
 
-    loaded = _load(job, settings, limit)
-    summary = loaded.output_folder / "summary.json"
+    summary = job.output_folder / "summary.json"
     before = _stamp(summary)
-    progress = None if quiet else Progress(loaded.name)
+    if log:
+        log.tell("started", {"name": job.name, "output": str(job.output_folder), "pid": os.getpid()})
+    watcher = None if quiet else log or Progress(job.name)
     try:
-        result = batcher.run(loaded, watch=progress.show if progress else None)
+        result = batcher.run(job, watch=watcher.show if watcher else None)
     finally:
-        if progress:
-            progress.close()
+        if watcher:
+            watcher.close()
         if _stamp(summary) != before:
-            _say(_summary(summary))
+            if log:
+                log.tell("summary", _content(summary))
+            else:
+                _say(_summary(summary))
     if result.summary.totals.failed:
         raise typer.Exit(3)
+
+
+@contextmanager
+def _telling(log: Log | None) -> Iterator[None]:
+    """With a log, the command's end and its errors are lines of it."""
+    try:
+        yield
+    except BatcherError as error:
+        if log is None:
+            raise
+        log.tell("error", {"message": str(error), "exit_code": error.exit_code})
+        raise typer.Exit(error.exit_code) from None
+    except typer.Exit as ended:
+        if log:
+            log.tell("finished", {"exit_code": ended.exit_code})
+        raise
+    if log:
+        log.tell("finished", {"exit_code": 0})
 
 
 @app.command()
@@ -98,6 +141,23 @@ def plan(job: _JobFile, settings: _Settings = None, limit: _Limit = None) -> Non
     _say(_shown(text) if sys.stdout.isatty() else text)  # elsewhere the request is to the byte what will be sent
     if made.refusal:
         raise JobError(f"{made.refusal}\nput it back, or name another output")
+
+
+@app.command()
+def status(
+    output: _Output,
+    as_json: Annotated[bool, typer.Option("--json", help="All that is known, as one JSON object.")] = False,
+) -> None:
+    """Tell what a run is doing, or has done, from another terminal; nothing is written or locked."""
+    import msgspec
+
+    from batcher.status import status as look
+
+    found = look(output)
+    if as_json:
+        _say(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    else:
+        _say(status_text(found))
 
 
 @app.command()
@@ -182,6 +242,12 @@ def _summary(path: Path) -> str:
             f"  {line}" for line in failure_lines(_failures(path.parent))
         )
     return text
+
+
+def _content(path: Path) -> dict[str, object]:
+    import msgspec
+
+    return msgspec.json.decode(path.read_bytes(), type=dict[str, object])
 
 
 def _failures(output: Path) -> Iterator[tuple[str | None, str | None]]:

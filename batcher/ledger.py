@@ -405,6 +405,15 @@ def done_rows(ledger: sqlite3.Connection, unit: int, start: int, stop: int) -> l
     return [row for (row,) in rows]
 
 
+def done_by_part(ledger: sqlite3.Connection, unit: int, size: int) -> dict[int, tuple[int, int]]:
+    """By part of so many rows: how many have an outcome that the ledger still holds, and how many of them failed."""
+    counted = ledger.execute(
+        "SELECT row / ?, count(*), sum(outcome = ?) FROM attempts WHERE unit = ? AND outcome IN (?, ?) GROUP BY 1",
+        (size, Outcome.FAILED, unit, Outcome.ANSWERED, Outcome.FAILED),
+    )
+    return {part: (done, failed) for part, done, failed in counted}
+
+
 class _Batch:
     """Attempts that are committed together."""
 

@@ -320,7 +320,7 @@ class Snapshot(NamedTuple):
     cost_usd: float | None
     seconds: float
     phase: str
-    """running, draining, publishing; at the end the summary's state."""
+    """starting, running, draining, publishing; at the end the summary's state."""
 
 
 class Second(msgspec.Struct, kw_only=True):
@@ -393,3 +393,48 @@ class Summary(msgspec.Struct, kw_only=True):
     """This run's, as are the requests it sent."""
     requests: int
     version: str
+
+
+class Status(msgspec.Struct, kw_only=True):
+    """An output and its run as seen from outside; what is not known is None. Speeds are per second."""
+
+    output: str
+    state: str
+    """starting, running, draining, publishing; complete, paused, interrupted, stopped; broken off: it was killed;
+    in use: by `verify`, or by a run that has said nothing yet."""
+    pid: int | None = None
+    started_at: str | None = None
+    noted_at: int | None = None
+    """When the run last said something, in seconds of UTC."""
+    seconds: float = 0.0
+    """How long the run has taken by then."""
+    total: int | None = None
+    answered: int = 0
+    failed: int = 0
+    pending: int | None = None
+    rows_per_second: float = 0.0
+    """Over the last ten seconds, as `tokens_per_second`."""
+    tokens_per_second: float = 0.0
+    average_rows_per_second: float = 0.0
+    """Over the whole run."""
+    seconds_left: float | None = None
+    binds: str = ""
+    in_flight: int = 0
+    window: int = 0
+    waiting: int = 0
+    buckets: dict[str, float] = {}
+    requests: int = 0
+    """Sent by this run, as `refused` and `troubles`."""
+    refused: int = 0
+    troubles: dict[str, Trouble] = {}
+    prompt_tokens: int = 0
+    """Billed, or maybe billed, by all runs, as `completion_tokens` and `cost_usd`."""
+    completion_tokens: int = 0
+    cost_usd: float | None = 0.0
+    parts: int = 0
+    complete_parts: int = 0
+    ledger_bytes: int = 0
+    totals: Totals = msgspec.field(default_factory=Totals)
+    """Sums over the published parts."""
+    timeline: list[Second] = []
+    """The last minutes, in spans."""

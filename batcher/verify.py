@@ -40,20 +40,20 @@ def verify(output: Path) -> Verdict:
 
     Raises JobError where there is no output, OutputInUseError while a run writes to it.
     """
-    settings = _settings(output)
-    with Lock(output), open_read_only(settings[1]) as ledger:
-        return _Recount(output, settings[0], ledger).verdict()
+    size, path = settings(output)
+    with Lock(output), open_read_only(path) as ledger:
+        return _Recount(output, size, ledger).verdict()
 
 
-def _settings(output: Path) -> tuple[int, Path]:
-    """Rows per part, and where the ledger lies."""
+def settings(output: Path) -> tuple[int, Path]:
+    """Rows per part, and where the ledger lies. Raises JobError where there is no output."""
     try:
         document = tomllib.loads((output / "job.toml").read_text(encoding="utf-8"))
         section = msgspec.convert(document["output"], Output)
     except OSError:
         raise JobError(f"{output}: no output of batcher, for it has no job.toml") from None
     except (ValueError, KeyError, msgspec.ValidationError):
-        raise JobError(f"{output / 'job.toml'}: is damaged, so the output cannot be recounted") from None
+        raise JobError(f"{output / 'job.toml'}: is damaged, so the output cannot be read") from None
     ledger = Path(output, section.ledger or "ledger.sqlite")
     if not ledger.exists() and not (output / "responses").exists():
         raise JobError(f"{output}: no output of batcher, for it has neither ledger nor responses")

@@ -17,7 +17,7 @@ FLOORS = (
     {"dialects", "ledger", "parse", "prompt", "report", "retry", "schedule", "sink", "source", "where"},
     {"transport"},
     {"engine", "verify"},
-    {"plan"},
+    {"plan", "status"},
     {"simulator"},
     {"__init__"},
     {"cli"},

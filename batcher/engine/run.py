@@ -125,18 +125,19 @@ class _Run:
         self._sending = anyio.CancelScope()
         self._ending: BatcherError | None = None
         self._hasty = False
-        self._phase = "running"
+        self._phase = "starting"
 
     async def live(self, signals: bool) -> Summary:
         """Open the rooms, let the workers work, publish what is recorded, say what was done."""
         self._ledger.start(self._durable, self._end)
+        self._tick()
         for attempt in self._ledger.undecided():
             self._attempts.decide_late(attempt)
         try:
             await self._settle()
             if self._ending is not None:
                 raise self._ending
-            self._phase = "running"
+            self._enter("running")
             if await anyio.to_thread.run_sync(self._feed.take_up):
                 self._guard.answered_before()
             async with anyio.create_task_group() as rooms:
@@ -195,7 +196,7 @@ class _Run:
         """Stop sending; what is in flight may still be answered. The first reason given is the run's."""
         if self._ending is None:
             self._ending = error
-            self._phase = "draining"
+            self._enter("draining")
             self._turns.close()
             self._press.close()
             self._attempts.disk.set()
@@ -204,7 +205,7 @@ class _Run:
     async def _settle(self) -> None:
         """Everything that arrived becomes durable, or the run ends without it."""
         if self._ending is None:
-            self._phase = "publishing"
+            self._enter("publishing")
             self._decide_held()
         with anyio.move_on_after(SETTLE, shield=True) as patience:
             try:
@@ -248,7 +249,12 @@ class _Run:
             elif self._press.full and self._dispatcher.idle:
                 self._decide_held()
 
+    def _enter(self, phase: str) -> None:
+        self._tick()
+        self._phase = phase
+
     def _tick(self) -> None:
+        """Let the timeline have what happened up to now."""
         stuck = None
         if self._phase != "running":
             stuck = self._phase
@@ -330,12 +336,12 @@ class _Run:
             requests=self._counts.requests,
             version=version("batcher"),
         )
-        self._phase = summary.state
+        self._enter(summary.state)
         if not self._hasty:
             text = msgspec.json.format(msgspec.json.encode(summary), indent=2)
             _write_whole(self._prepared.job.output_folder / "summary.json", text)
             self._press.finish()
-        self._timeline.tick(self._snapshot(), self._now(), "publishing")
+        self._tick()
         if self._watcher is not None:
             self._watcher(self._snapshot())
         if self._ending is not None:

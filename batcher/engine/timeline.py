@@ -9,6 +9,8 @@ from batcher.ledger import Ledger
 from batcher.records import Note, Second, Snapshot
 from batcher.schedule import Dispatcher
 
+SHORTEST = 0.1
+"""Seconds that a line in which nothing happened has at least."""
 QUIET = 60.0
 """Seconds in which nothing happens that may become one line."""
 
@@ -57,12 +59,14 @@ class Timeline:
             if seconds > 0:
                 self._held[what] = self._held.get(what, 0.0) + seconds
         told = (snapshot.phase, self.binds)
-        moved = self._sums() != self._seen or snapshot.in_flight > 0
-        if moved or told != self._last or now - self._since >= QUIET:
+        moved = self._sums() != self._seen
+        if moved or snapshot.in_flight or told != self._last or now - self._since >= QUIET:
             self._last = told
-            self._write(snapshot._replace(binds=self.binds), now)
+            second = self._second(snapshot, now) if moved or now - self._since >= SHORTEST else None
+            self._ledger.note(self._note(snapshot._replace(binds=self.binds), now), second)
 
-    def _write(self, snapshot: Snapshot, now: float) -> None:
+    def _second(self, snapshot: Snapshot, now: float) -> Second:
+        """What happened since this was last asked."""
         before, self._seen = self._seen, self._sums()
         sent, answered, refused, failed, rows, prompt, completion = (
             after - earlier for after, earlier in zip(self._seen, before, strict=True)
@@ -85,14 +89,16 @@ class Timeline:
             buckets=dict(snapshot.buckets),
         )
         self._cost_seen, self._held, self._since = cost, {}, now
-        note = Note(
+        return second
+
+    def _note(self, snapshot: Snapshot, now: float) -> Note:
+        return Note(
             time=int(self._clock + now),
             started_at=self._started_at,
             pid=os.getpid(),
             snapshot=snapshot,
             troubles=self._counts.troubles,
         )
-        self._ledger.note(note, second if second.seconds else None)
 
     def _sums(self) -> tuple[int, ...]:
         counts = self._counts

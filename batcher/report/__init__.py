@@ -1,7 +1,9 @@
-"""What a person wants to know: progress while a job runs, a summary after."""
+"""What a person wants to know: progress while a job runs, a look from outside, a summary after."""
 
+from batcher.report.log import Log
 from batcher.report.progress import Progress
+from batcher.report.status import status_text
 from batcher.report.summary import failure_lines, render
 from batcher.report.text import count, duration, money, printable
 
-__all__ = ["Progress", "count", "duration", "failure_lines", "money", "printable", "render"]
+__all__ = ["Log", "Progress", "count", "duration", "failure_lines", "money", "printable", "render", "status_text"]
