@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -180,6 +180,30 @@ def verify(output: _Output) -> None:
 
 
 @app.command()
+def export(
+    output: _Output,
+    to: Annotated[
+        Literal["openai-batch", "jsonl", "csv"],
+        typer.Option("--to", help="OpenAI's batch files, a JSON object per row, or CSV for spreadsheets."),
+    ],
+    path: Annotated[
+        Path | None, typer.Option("--output", metavar="PATH", help="The file to write; beside OUT when absent.")
+    ] = None,
+) -> None:
+    """Write an output's answers, and its failures beside them, for other tools."""
+    from batcher import export as exporting
+
+    made = exporting.export(output, to, path)
+    _say(_shown(f"{_as_typed(made.answers)}: {count(made.answered)} rows answered"))
+    if made.failures is not None:
+        _say(_shown(f"{_as_typed(made.failures)}: {count(made.failed)} rows failed"))
+    if made.pending is None:
+        _note("the last run has not come to its end: rows that are pending are not exported")
+    elif made.pending:
+        _note(f"{count(made.pending)} rows are pending: not exported")
+
+
+@app.command()
 def simulator(
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
@@ -277,3 +301,9 @@ def _say(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _note(text: str) -> None:
+    """Write a line to standard error."""
+    with suppress(OSError):
+        sys.stderr.write(_shown(f"batcher: {text}") + "\n")

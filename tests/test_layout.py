@@ -16,7 +16,7 @@ FLOORS = (
     {"job"},
     {"dialects", "ledger", "parse", "prompt", "report", "retry", "schedule", "sink", "source", "where"},
     {"transport"},
-    {"engine", "verify"},
+    {"engine", "export", "verify"},
     {"plan", "status"},
     {"simulator"},
     {"__init__"},
