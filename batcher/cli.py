@@ -204,6 +204,16 @@ def export(
 
 
 @app.command()
+def schema() -> None:
+    """Print the JSON Schema of the job file, for editors."""
+    import msgspec
+
+    from batcher.schema import schema as written
+
+    _say(msgspec.json.format(msgspec.json.encode(written()), indent=2).decode())
+
+
+@app.command()
 def simulator(
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",

@@ -276,6 +276,11 @@ def load(path: str | Path, settings: Sequence[str] = ()) -> Job:
         raise JobError(f"{origin}: nested too deeply") from None
 
 
+def keys() -> tuple[Mapping[str, type[Struct]], Mapping[str, Mapping[str, Any]]]:
+    """What a job file may hold: the struct of each section, and the types of `[request]`'s keys by endpoint."""
+    return _SECTIONS, {"chat": _CHAT | {"system": str, "prompt": str}, "completions": _COMPLETIONS}
+
+
 def misfit(endpoint: str, name: str, value: object) -> str | None:
     """Say what is wrong with one parameter's value, or None. The check of both job files and rendered rows."""
     kind = (_CHAT if endpoint == "chat" else _COMPLETIONS)[name]

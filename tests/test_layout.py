@@ -14,7 +14,7 @@ FLOORS = (
     {"errors", "killpoint", "records"},
     {"store"},
     {"job"},
-    {"dialects", "ledger", "parse", "prompt", "report", "retry", "schedule", "sink", "source", "where"},
+    {"dialects", "ledger", "parse", "prompt", "report", "retry", "schedule", "schema", "sink", "source", "where"},
     {"transport"},
     {"engine", "export", "verify"},
     {"plan", "status"},

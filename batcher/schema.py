@@ -1,0 +1,200 @@
+"""The job file as a JSON Schema, for editors and for programs that write jobs; made from what checks the job file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from batcher.job import SIMULATOR, keys
+
+_Schema = dict[str, Any]
+
+MEANINGS: Mapping[str, str] = {
+    "name": "A name for people.",
+    "input": "Where the rows come from.",
+    "input.path": "A file, a folder, a glob, or a list of these; relative to the job file.",
+    "input.format": "For files whose suffix does not tell.",
+    "input.id": "The column that becomes `id` in the results; the position when absent.",
+    "input.limit": "The first so many rows only.",
+    "request": "What every row asks: the API's own parameters. Any text may be a template over the row's columns.",
+    "request.endpoint": "Chat messages, or a bare text to go on with.",
+    "request.frequency_penalty": "Against saying the same words again.",
+    "request.max_completion_tokens": "The most tokens that an answer may have, reasoning included.",
+    "request.max_tokens": "The older name of max_completion_tokens.",
+    "request.messages": "The whole conversation, in place of system and prompt.",
+    "request.model": "The model that is asked.",
+    "request.n": "Answers per row.",
+    "request.presence_penalty": "Against staying with the same topics.",
+    "request.prompt": "What the user says: {{ column }} is filled in for every row.",
+    "request.prompt_cache_key": "Requests with equal keys share the service's cache.",
+    "request.reasoning_effort": "How long the model thinks.",
+    "request.response_format": 'The form of the answers: { schema = "file.json" }, or the API\'s own object.',
+    "request.seed": "For answers that can be repeated, as far as the service can.",
+    "request.stop": "Texts that end an answer.",
+    "request.system": "What the model is told before.",
+    "request.temperature": "How much chance there is in the answers; 0 for none.",
+    "request.top_p": "The share of likely words to choose from.",
+    "request.user": "Your own name for the end user.",
+    "service": "Who is asked, and how.",
+    "service.api_key_env": "The environment variable that holds the key; never the key itself.",
+    "service.base_url": 'The service\'s URL, or "simulator" for answers from this machine.',
+    "service.compression": "Of request bodies.",
+    "service.dialect": "How the service speaks; by its host when absent.",
+    "service.encoding": "Of request bodies.",
+    "service.headers_env": "The environment variable that holds extra headers, as lines of `Name: value`.",
+    "service.prices": "USD per million tokens, by model.",
+    "service.proxy": "Use the proxy that the environment names.",
+    "service.timeout": "For a whole request.",
+    "schedule": "How much may be under way.",
+    "schedule.max_in_flight": "The most requests at once; auto finds it.",
+    "schedule.requests_per_minute": "A ceiling of ours; the service's limits are kept anyway.",
+    "schedule.tokens_per_minute": "The same for prompt and answer tokens together.",
+    "schedule.uncached_tokens_per_minute": "The same without tokens from the service's cache.",
+    "retry": "How often a row is asked again.",
+    "retry.max_attempts": "Answers or losses after which a row fails.",
+    "retry.max_invalid": "Times that a row is asked again because its answer did not fit the schema.",
+    "output": "Where the answers go.",
+    "output.keep": "Input columns to carry along.",
+    "output.ledger": "Where the ledger lies, if not in the output's folder.",
+    "output.path": "The output's folder; relative to the job file.",
+    "output.raw": "Keep the service's whole answers too.",
+    "output.rows_per_part": "Input rows per Parquet file.",
+}
+"""What each section and key is for, in a line."""
+
+_VARIABLE = {"pattern": "^[A-Za-z_][A-Za-z0-9_]*$"}
+_BY_HAND: Mapping[str, _Schema] = {
+    "service.api_key_env": _VARIABLE,
+    "service.headers_env": _VARIABLE,
+    "service.base_url": {"pattern": f"^({SIMULATOR}$|https?://[^@?#]+$)"},
+    "service.timeout": {"$ref": "#/$defs/duration", "default": "10m"},
+}
+"""What job.py checks with its own code."""
+
+_DEFINITIONS: Mapping[str, _Schema] = {
+    "duration": {
+        "description": 'Such as "90s" or "1.5h", or a number of seconds.',
+        "anyOf": [
+            {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*(ms|s|m|h|d)\s*$"},
+            {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e9},
+        ],
+    },
+    "template": {
+        "description": "A Jinja template over the row's columns.",
+        "type": "string",
+        "pattern": r"\{[{%#]",
+    },
+    "file": {
+        "description": "The text of a file, which may be a template; relative to the job file.",
+        "type": "object",
+        "properties": {"file": {"type": "string"}},
+        "required": ["file"],
+        "additionalProperties": False,
+    },
+    "schema": {
+        "description": "A JSON Schema that every answer has to fit: a file, or a table.",
+        "type": "object",
+        "properties": {"schema": {"type": ["string", "object"]}},
+        "required": ["schema"],
+        "additionalProperties": False,
+    },
+}
+
+
+def schema() -> _Schema:
+    """The JSON Schema (draft 2020-12) of a job file, as a document."""
+    sections, endpoints = keys()
+    written, components = msgspec.json.schema_components(sections.values(), ref_template="#/$defs/{name}")
+    names = {
+        name: reference["$ref"].removeprefix("#/$defs/") for name, reference in zip(sections, written, strict=True)
+    }
+    properties: _Schema = {"name": {"type": "string", "minLength": 1, "default": "job"}}
+    properties |= {name: _without_null(components.pop(component)) for name, component in names.items()}
+    properties["request"] = _request(endpoints)
+    for component in components.values():
+        component["additionalProperties"] = False
+        for known in component["properties"].values():
+            known["minimum"] = 0
+    for name, section in properties.items():
+        for key, known in section.get("properties", {}).items():
+            by_hand = _BY_HAND.get(f"{name}.{key}", {})
+            if "$ref" in by_hand:
+                known.clear()
+            known |= by_hand
+            _describe(known, f"{name}.{key}")
+        _describe(section, name)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A job of batcher",
+        "type": "object",
+        "properties": properties,
+        "required": ["input", "request", "output"],
+        "additionalProperties": False,
+        "$defs": {**_DEFINITIONS, **{name: _without_null(component) for name, component in components.items()}},
+    }
+
+
+def _describe(written: _Schema, key: str) -> None:
+    written.pop("title", None)
+    if key in MEANINGS:
+        written["description"] = MEANINGS[key]
+
+
+def _request(endpoints: Mapping[str, Mapping[str, Any]]) -> _Schema:
+    """The section whose keys depend on the endpoint."""
+    properties: _Schema = {"endpoint": {"enum": [*endpoints], "default": "chat"}}
+    for known in endpoints.values():
+        types = {key: kind for key, kind in known.items() if key not in properties}
+        (*written,), _ = msgspec.json.schema_components(types.values())
+        properties |= {key: _templated(each) for key, each in zip(types, written, strict=True)}
+    others = [{"$ref": "#/$defs/template"}, {"$ref": "#/$defs/file"}]
+    messages = {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["role"]}}
+    properties["messages"] = {"anyOf": [messages, *others]}
+    own = {"type": "object", "not": {"anyOf": [{"required": ["schema"]}, {"required": ["file"]}]}}
+    properties["response_format"] = {"anyOf": [{"$ref": "#/$defs/schema"}, own, *others]}
+    chat, completions = (set(endpoints[name]) for name in ("chat", "completions"))
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": ["model"],
+        "additionalProperties": False,
+        "not": {"required": ["max_tokens", "max_completion_tokens"]},
+        "if": {"properties": {"endpoint": {"const": "completions"}}, "required": ["endpoint"]},
+        "then": {"required": ["prompt"], "properties": dict.fromkeys(sorted(chat - completions), False)},
+        "else": {
+            "oneOf": [
+                {"required": ["prompt"]},
+                {"required": ["messages"], "properties": {"system": False}},
+            ],
+            "properties": dict.fromkeys(sorted(completions - chat), False),
+        },
+    }
+
+
+def _templated(written: _Schema) -> _Schema:
+    """The schema of a parameter that may be a template too, and the text of a file wherever it may be a text."""
+    whole = [_with_files(each) for each in written.get("anyOf", [written])]
+    return {"anyOf": [*whole, {"$ref": "#/$defs/template"}, {"$ref": "#/$defs/file"}]}
+
+
+def _with_files(written: _Schema) -> _Schema:
+    if written.get("type") == "array" and "items" in written:
+        return written | {"items": {"anyOf": [written["items"], {"$ref": "#/$defs/file"}]}}
+    return written
+
+
+_EMPTY: tuple[tuple[str, Any], ...] = (("default", None), ("required", []))
+
+
+def _without_null(written: Any) -> Any:
+    """A schema in which a key is absent rather than null, for TOML has no null."""
+    match written:
+        case list():
+            return [_without_null(each) for each in written if each != {"type": "null"} and each is not None]
+        case dict():
+            made = {key: _without_null(each) for key, each in written.items() if (key, each) not in _EMPTY}
+            match made:
+                case {"anyOf": [dict(sole)], **rest}:
+                    return {**sole, **rest}
+            return made
+    return written
