@@ -1,6 +1,7 @@
 """The command line: what users type, what they read, and the exit codes."""
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -201,6 +202,64 @@ def export(
         _note("the last run has not come to its end: rows that are pending are not exported")
     elif made.pending:
         _note(f"{count(made.pending)} rows are pending: not exported")
+
+
+@app.command()
+def init(
+    path: Annotated[
+        str | None, typer.Argument(metavar="INPUT", help="The input: a file, a folder or a glob.", show_default=False)
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What to ask, as a template over the columns.")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", help="A column to show the model, in place of --prompt; repeatable.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="What the model is told before.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The model to ask.")] = None,
+    identity: Annotated[
+        str | None, typer.Option("--id", metavar="COLUMN", help="The column with the rows' ids.")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option("--base-url", metavar="URL", help='The service; "simulator" needs no key.')
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="JOB", help="The job file to write; named after INPUT when absent."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="No questions: the defaults.")] = False,
+) -> None:
+    """Write a first job file for an input, by flags or by a few questions."""
+    from batcher import init as beginning
+
+    asked = not yes and sys.stdin.isatty()
+    if path is None:
+        if not asked:
+            raise JobError("init: name the input, such as batcher init rows.jsonl")
+        path = str(typer.prompt("Input (a file, a folder or a glob)"))
+    if prompt is not None and columns:
+        raise JobError("init: --prompt or --column, not both")
+    target = target or beginning.default_target(path)
+    if target.exists():
+        raise beginning.taken(target)
+    seen = beginning.look(path, target.absolute().parent)
+
+    def answer(question: str, given: str | None, default: str) -> str:
+        if given is not None or not asked:
+            return default if given is None else given
+        return str(typer.prompt(question, default=default, show_default=bool(default)))
+
+    if prompt is None and not columns and asked:
+        _say(_shown(f"Columns: {', '.join(seen.usable)}"))
+        chosen = answer("Columns to show the model", None, ",".join(seen.prompt))
+        columns = [name.strip() for name in chosen.split(",") if name.strip()]
+    answers = beginning.Answers(
+        prompt=beginning.prompt_of(seen, columns or seen.prompt) if prompt is None else prompt,
+        system=answer("What the model is told before (Enter for nothing)", system, "") or None,
+        model=answer("Model", model, beginning.MODEL),
+        id=answer("Column with the rows' ids", identity, seen.id or "") or None,
+        base_url=answer("Service", base_url, "simulator"),
+    )
+    beginning.write(seen, answers, target)
+    _say(_shown(f"{target} is written\nbatcher plan {shlex.quote(str(target))}"))
 
 
 @app.command()

@@ -16,7 +16,7 @@ FLOORS = (
     {"job"},
     {"dialects", "ledger", "parse", "prompt", "report", "retry", "schedule", "schema", "sink", "source", "where"},
     {"transport"},
-    {"engine", "export", "verify"},
+    {"engine", "export", "init", "verify"},
     {"plan", "status"},
     {"simulator"},
     {"__init__"},
