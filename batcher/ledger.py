@@ -1,9 +1,8 @@
-"""What is recorded, what is published, what is left: SQLite with one writer thread and group commit."""
+"""What is recorded, what is published, what is left: SQLite with one writer and group commit."""
 
 import asyncio
 import fcntl
 import os
-import queue
 import re
 import shutil
 import sqlite3
@@ -11,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +25,9 @@ from batcher.records import Attempt, Kind, Note, Outcome, PartRecord, Second
 FORMAT = 1
 GATHER = 0.008
 GATHER_IDLE = 0.002
-"""Seconds that answers gather before they are committed together, while the process is busy and while it is not:
-a commit costs as much as 40 rows in it, which matters only when the processor is what is scarce."""
+BUSY = 3000.0
+"""Seconds that answers gather before they are committed together, while more than so many come in a second and while
+fewer do: a commit costs as much as 40 rows in it, which matters only when the processor is what is scarce."""
 RESERVE_BYTES = 16 << 20
 """Kept free for the answers that are still in flight when the disk fills up."""
 
@@ -82,12 +82,18 @@ class Ledger:
         self.backlog = 0
         """Bytes of answers that are queued and not yet durable."""
         self._reserve = path.with_name(path.name + ".reserve")
-        self._queue: queue.SimpleQueue[_Batch | _Write | None] = queue.SimpleQueue()
+        self._queue: list[_Batch | _Write] = []
+        self._writing = False
+        """Whether the writer will look into the queue once more."""
+        self._hands = threading.Lock()
+        """Held while queue and writer are looked at together."""
+        self._refused: StorageError | None = None
         self._gathered: list[Attempt] = []
         self._gathered_bytes = 0
         self._gather = GATHER_IDLE
-        self._measured = (0.0, 0.0)
-        self._thread: threading.Thread | None = None
+        self._judged_at = float("-inf")
+        self._since_judged = 0
+        self._writer: ThreadPoolExecutor | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped = threading.Event()
         refuse_network_file_system(path.parent)
@@ -182,9 +188,8 @@ class Ledger:
         self._loop = asyncio.get_running_loop()
         self._on_durable, self._on_trouble = on_durable, on_trouble
         with _told_as_storage_errors(self.path):
-            db = self._connect()
-        self._thread = threading.Thread(target=self._write, args=(db,), name="ledger", daemon=True)
-        self._thread.start()
+            self._db = self._connect()
+        self._writer = ThreadPoolExecutor(1, "ledger")
 
     def record(self, attempt: Attempt) -> None:
         """Queue an attempt; it is durable when the callback names it.
@@ -207,13 +212,12 @@ class Ledger:
     def hand_over(self) -> None:
         """Let the writer have what has gathered."""
         if self._gathered:
-            self._queue.put(_Batch(self._gathered, self._gathered_bytes))
-            self._gathered, self._gathered_bytes = [], 0
             self._judge_load()
+            self._put(self._batch())
 
     def open_part(self, unit: int, part: int, record: PartRecord) -> None:
         """Queue what is known of a range that is being opened."""
-        self._queue.put(_Write(lambda db: _put_part(db, unit, part, record), Future()))
+        self._put(_Write(lambda db: _put_part(db, unit, part, record), Future()))
 
     def published(self, unit: int, part: int, record: PartRecord, rows: range | None = None) -> "Future[None]":
         """Note that a part lies in its place; with `rows`, that its range is complete: their attempts are dropped."""
@@ -227,7 +231,7 @@ class Ledger:
                 )
 
         done: Future[None] = Future()
-        self._queue.put(_Write(write, done))
+        self._put(_Write(write, done))
         return done
 
     def note(self, note: Note, second: Second | None = None) -> None:
@@ -239,13 +243,13 @@ class Ledger:
             if second is not None:
                 _put_second(db, second)
 
-        self._queue.put(_Write(write, Future()))
+        self._put(_Write(write, Future()))
 
     async def flush(self) -> None:
         """Return when everything that was queued before is durable. Raises StorageError when it cannot be."""
         self.hand_over()
         done: Future[None] = Future()
-        self._queue.put(_Write(lambda db: None, done))
+        self._put(_Write(lambda db: None, done))
         await asyncio.wrap_future(done)
 
     def give_up(self) -> None:
@@ -254,33 +258,52 @@ class Ledger:
 
     def close(self) -> None:
         """Write what is queued, fold the journal into the file, and let go."""
-        if self._thread is not None:
-            self.hand_over()
-            self._queue.put(None)
-            self._thread.join()
-            self._thread = None
+        if self._writer is not None:
+            self._writer.shutdown()
+            self._writer = None
+            if self._gathered:
+                self._queue.append(self._batch())
+            self._write()
+            with suppress(sqlite3.Error):
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._db.close()
         self._reserve.unlink(missing_ok=True)
 
     def _judge_load(self) -> None:
-        """Gather longer when this process was busy for most of the time since it was last asked."""
-        wall, cpu = time.monotonic(), time.process_time()
-        passed = wall - self._measured[0]
+        """Gather longer when more rows came than a process can well do since this was last asked."""
+        assert self._loop is not None
+        self._since_judged += len(self._gathered)
+        now = self._loop.time()
+        passed = now - self._judged_at
         if passed > 0.05:
-            self._gather = GATHER if cpu - self._measured[1] > 0.9 * passed else GATHER_IDLE
-            self._measured = (wall, cpu)
+            self._gather = GATHER if self._since_judged > BUSY * passed else GATHER_IDLE
+            self._judged_at, self._since_judged = now, 0
 
-    def _write(self, db: sqlite3.Connection) -> None:
-        """The writer thread: commit whatever has queued up, then tell the loop."""
-        ending = False
-        refused: StorageError | None = None
-        while not ending:
-            items = [self._queue.get()]
-            with suppress(queue.Empty):
-                while True:
-                    items.append(self._queue.get_nowait())
-            work = [item for item in items if item is not None]
-            ending = len(work) < len(items)
-            refused = refused or self._commit(db, work)  # after a gap nothing may pass for durable
+    def _batch(self) -> "_Batch":
+        batch = _Batch(self._gathered, self._gathered_bytes)
+        self._gathered, self._gathered_bytes = [], 0
+        return batch
+
+    def _put(self, item: "_Batch | _Write") -> None:
+        """Queue something for the writer, and set it to work if it is not."""
+        with self._hands:
+            self._queue.append(item)
+            idle, self._writing = not self._writing, True
+        if idle:
+            assert self._loop is not None
+            self._loop.run_in_executor(self._writer, self._write)
+
+    def _write(self) -> None:
+        """The writer: commit whatever has queued up and tell the loop, until nothing is queued."""
+        db = self._db
+        while True:
+            with self._hands:
+                work, self._queue = self._queue, []
+                if not work:
+                    self._writing = False
+                    return
+            self._refused = self._refused or self._commit(db, work)  # after a gap nothing may pass for durable
+            refused = self._refused
             for item in work:
                 if isinstance(item, _Batch):
                     if refused is None:
@@ -291,9 +314,6 @@ class Ledger:
                     item.done.set_result(None)
                 else:
                     item.done.set_exception(refused)
-        with suppress(sqlite3.Error):
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        db.close()
 
     def _commit(self, db: sqlite3.Connection, work: "Sequence[_Batch | _Write]") -> StorageError | None:
         """One transaction; tried again with the reserve given free, then until somebody gives up."""

@@ -54,19 +54,19 @@ BREAKS = (
     Break(
         "an attempt is told durable before its commit",
         "ledger.py",
-        "            refused = refused or self._commit(db, work)",
+        "            self._refused = self._refused or self._commit(db, work)",
         "            for item in work:\n"
         "                if isinstance(item, _Batch):\n"
         "                    self._tell(self._durable, item)\n"
-        "            refused = refused or self._commit(db, work)\n"
+        "            self._refused = self._refused or self._commit(db, work)\n"
         "            work = [item for item in work if not isinstance(item, _Batch)]",
         POWER,
     ),
     Break(
         "a lost batch is forgotten by the next commit",
         "ledger.py",
-        "refused = refused or self._commit(db, work)",
-        "refused = self._commit(db, work)",
+        "self._refused = self._refused or self._commit(db, work)",
+        "self._refused = self._commit(db, work)",
         LEDGER,
     ),
     Break(

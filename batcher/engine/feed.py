@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from datetime import UTC, datetime
 
-import anyio.to_thread
 import msgspec
 
 from batcher.engine.counts import Counts
 from batcher.engine.prepared import Prepared
 from batcher.engine.publish import Press
+from batcher.engine.threads import aside
 from batcher.engine.turns import Turns
 from batcher.errors import StorageError
 from batcher.ledger import Ledger, Progress
@@ -175,7 +175,7 @@ class _Reader:
     async def until(self, stop: int) -> AsyncIterator[list[Row]]:
         """The following rows below `stop`."""
         while True:
-            batch = self._rest or await anyio.to_thread.run_sync(self._next)
+            batch = self._rest or await aside(self._next)
             if not batch or batch[0].position >= stop:
                 self._rest = batch
                 return

@@ -3,13 +3,12 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 
 import anyio
-import anyio.to_thread
 
 from batcher.engine.attempt import reply
 from batcher.engine.prepared import Prepared
+from batcher.engine.threads import aside
 from batcher.errors import BatcherError
 from batcher.ledger import Ledger
 from batcher.records import UNIT, Answer, Attempt, Failure, PartRecord
@@ -131,7 +130,9 @@ class Press:
                 complete = opened.complete
                 opened.changed = False
                 try:
-                    await anyio.to_thread.run_sync(partial(self._make, opened, complete))
+                    record = await aside(self._make, opened, complete)
+                    noted = self._ledger.published(UNIT, opened.part, record, opened.rows if complete else None)
+                    await asyncio.wrap_future(noted)
                 except BatcherError as error:
                     opened.changed = True
                     self._end(error)
@@ -143,8 +144,8 @@ class Press:
     def _read(self, attempt: Attempt) -> Answer | Failure:
         return self._prepared.dialect.read(reply(attempt))
 
-    def _make(self, opened: Range, complete: bool) -> None:
-        """Build a part, put it in its place, note it in the ledger. Runs on a thread."""
+    def _make(self, opened: Range, complete: bool) -> PartRecord:
+        """Build a part and put it in its place: what is to be noted of it in the ledger. Runs on a thread."""
         rows, source = opened.rows, self._prepared.source
         totals, files = self._sink.publish(
             opened.part,
@@ -157,5 +158,4 @@ class Press:
         settled = rows.stop if complete else opened.settled
         # An open range always has rows to come, even when it is not yet known where the input ends.
         stop = rows.stop if complete else max(rows.stop, settled + 1)
-        record = PartRecord(stop, settled, source.places.get(rows.start), totals, files)
-        self._ledger.published(UNIT, opened.part, record, rows if complete else None).result()
+        return PartRecord(stop, settled, source.places.get(rows.start), totals, files)
