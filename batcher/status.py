@@ -2,15 +2,20 @@
 
 import os
 import sqlite3
+import time
 from pathlib import Path
 
-from batcher.errors import JobError
+import msgspec
+
+from batcher.errors import JobError, StorageError
 from batcher.ledger import added_up, done_by_part, held, note_of, open_read_only, parts_of, timeline_of
 from batcher.records import UNIT, Note, PartRecord, Second, Status, Totals
 from batcher.verify import settings
 
 NOW = 10
 """Seconds over which the present speed is measured."""
+TRIES = 5
+"""How often it is looked again where a run begins or ends meanwhile."""
 SHOWN = 600
 """Seconds of the timeline that are told."""
 LIVE = ("running", "draining", "publishing")
@@ -19,7 +24,9 @@ _ENDED = ("complete", "paused", "interrupted", "stopped")
 
 def status(output: Path) -> Status:
     """Look into an output. Raises JobError where there is none, StorageError where its ledger cannot be read."""
+    tries = 0
     while True:
+        tries += 1
         busy = held(output)
         try:
             size, path = settings(output)
@@ -27,9 +34,15 @@ def status(output: Path) -> Status:
             if busy:  # a run is just making it
                 return Status(output=str(output), state="in use")
             raise
-        with open_read_only(path) as ledger:
-            found = _read(output, size, ledger, busy)
-        if held(output) == busy:  # else a run began or ended just now
+        try:
+            with open_read_only(path) as ledger:
+                found = _read(output, size, ledger, busy)
+        except (StorageError, msgspec.MsgspecError) as error:
+            if tries < TRIES:  # the journal may have gone as it was opened: a run began or ended just now
+                time.sleep(0.05)
+                continue
+            raise error if isinstance(error, StorageError) else StorageError(f"{path}: is damaged ({error})") from None
+        if held(output) == busy or tries >= TRIES:  # else a run began or ended just now
             found.ledger_bytes = sum(map(_bytes, (path, path.with_name(path.name + "-wal"))))
             return found
 

@@ -85,7 +85,7 @@ def kept(path: Path, seconds: list[Second]) -> None:
 
 def test_the_timeline_is_bounded_and_adds_up(tmp_path: Path) -> None:
     """Over three days an hour of seconds is kept, a day of minutes, and hours before that; nothing is lost of sums."""
-    step = 9
+    step = 20
     told = [
         Second(
             time=BEGAN + at,
@@ -106,9 +106,8 @@ def test_the_timeline_is_bounded_and_adds_up(tmp_path: Path) -> None:
     assert len(found) <= 2 * HOUR / step + (DAY + HOUR) / 60 + 49
     assert [line.time for line in found] == sorted(line.time for line in found)
     last = told[-1].time
-    assert [line for line in found if line.time > last - HOUR] == told[
-        -len([t for t in told if t.time > last - HOUR]) :
-    ]
+    recent = [line for line in told if line.time > last - HOUR]
+    assert found[-len(recent) :] == recent
     assert {line.time % 60 for line in found if last - DAY < line.time < last - HOUR - 60} == {0}
     assert {line.time % HOUR for line in found if line.time < last - DAY - HOUR} == {0}
     whole, expected = added_up(0, found), added_up(0, told)
@@ -117,7 +116,8 @@ def test_the_timeline_is_bounded_and_adds_up(tmp_path: Path) -> None:
     assert whole.seconds == pytest.approx(3 * DAY)
     assert whole.cost_usd == pytest.approx(expected.cost_usd)
     assert whole.held == pytest.approx(expected.held)
-    assert (whole.in_flight, whole.buckets) == (pytest.approx(8), {"tokens per minute": pytest.approx(0.5)})
+    assert whole.in_flight == pytest.approx(8)
+    assert whole.buckets == pytest.approx({"tokens per minute": 0.5})
 
 
 _SECONDS = st.lists(
@@ -150,7 +150,7 @@ def test_adding_up_in_steps_is_adding_up_at_once(seconds: list[Second], cut: int
 
 
 def test_the_timeline_agrees_with_the_books(tmp_path: Path) -> None:
-    """Over a run with faults: as many requests as the service saw and the attempts have, and the bill of the summary."""
+    """Over a run with faults: as many requests as the service saw, and the summary's bill."""
     stories.write_jsonl(tmp_path / "rows.jsonl", 150)
     with stories.service(latency=0.1, faults=stories.FAULTS, seed=5) as service:
         job = batcher.load(stories.write_job(tmp_path, service.url))
@@ -238,7 +238,7 @@ def test_a_run_is_seen_from_outside_while_it_goes_on(
 
 def test_a_killed_run_is_told_as_it_lies_there(going: tuple[Path, Simulator, "subprocess.Popen[str]"]) -> None:
     """After a kill nothing is written by looking, and what is pending is exactly what the next run asks for."""
-    output, service, run = going
+    output, _, run = going
     run.send_signal(signal.SIGKILL)
     run.wait()
 
@@ -251,7 +251,7 @@ def test_a_killed_run_is_told_as_it_lies_there(going: tuple[Path, Simulator, "su
     assert found.state == "broken off"
     assert found.answered > 0
     assert "run the job again" in status_text(found)
-    assert (found.pending or 200 - found.answered) == 200 - found.answered
+    assert (found.total, found.pending) in ((None, None), (200, 200 - found.answered))
     told = len(lines(output / "ledger.sqlite"))
     with stories.service(latency=0.01) as again:
         assert stories.run(stories.write_job(output.parent, again.url, in_flight=8)).returncode == 0
@@ -390,7 +390,7 @@ def test_what_is_shown_is_true_and_harmless() -> None:
         rf"  40 × timeout, last at {clock}:00: no answer\x07",
     ]
     assert shown[-2].split() == [f"{clock}:00", "5", "700", "3", "2", "9", "$0.00"]
-    assert shown[-1].endswith("$0.50  tokens per minute 90 %, input 10 %")
+    assert shown[-1].endswith("$0.5000  tokens per minute 90 %, input 10 %")
 
 
 # The attempts
