@@ -1,6 +1,7 @@
 """The command line: what users type, what they read, and the exit codes."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,14 +24,38 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="batcher",
     help="Ask a language model once per row of a dataset, and keep every answer as a typed Parquet row.",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-_JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (TOML).", show_default=False)]
-_Output = Annotated[Path, typer.Argument(metavar="OUT", help="The output's folder.", show_default=False)]
+
+def _complete_job(incomplete: str) -> list[str]:
+    return _found(incomplete, "*.toml", "*/*.toml")
+
+
+def _complete_output(incomplete: str) -> list[str]:
+    return [path.removesuffix("/job.toml") for path in _found(incomplete, "*/job.toml", "*/*/job.toml")]
+
+
+def _found(incomplete: str, *patterns: str) -> list[str]:
+    """Files whose path starts like this one, in plain letters; of others the shell knows how to write them."""
+    folder, slash, start = incomplete.rpartition("/")
+    base = Path(folder + slash)
+    paths = [
+        folder + slash + str(path.relative_to(base)) for pattern in patterns for path in base.glob(start + pattern)
+    ]
+    return sorted(path for path in paths if re.fullmatch(r"[\w./+-]+", path))
+
+
+_JobFile = Annotated[
+    Path,
+    typer.Argument(metavar="JOB", help="The job file (TOML).", show_default=False, autocompletion=_complete_job),
+]
+_Output = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", help="The output's folder.", show_default=False, autocompletion=_complete_output),
+]
 _Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the job file; may be repeated."),
