@@ -325,9 +325,10 @@ def _section(kind: type[_Section], name: str, given: Mapping[str, object], origi
         if missing := re.search(r"missing required field `(\w+)`", str(error)):
             raise JobError(f"{origin}: {name}{place}.{missing[1]} is missing") from None
         key = re.split(r"[.\[]", place)[1]
-        raise JobError(
-            f"{origin}: {name}{place}: {_allowed(fields[key], error)}, not {_shown(given.get(key))}"
-        ) from None
+        allowed = _allowed(fields[key], error)
+        if key.endswith("_env"):  # whoever mistakes it puts the secret itself there
+            raise JobError(f"{origin}: {name}{place}: {allowed}: the name of an environment variable") from None
+        raise JobError(f"{origin}: {name}{place}: {allowed}, not {_shown(given.get(key))}") from None
 
 
 def _service(given: Mapping[str, object], origin: str) -> Service:

@@ -192,6 +192,11 @@ WRONG = [
     ("service.base_url", 5, ["service.base_url: a text"]),
     ("service.dialect", "anthropic", ["service.dialect: cerebras or openai, not 'anthropic'"]),
     ("service.encoding", "xml", ["service.encoding: json, not 'xml'"]),
+    (
+        "service.api_key_env",
+        ["csk-secret"],
+        ["service.api_key_env: a text of at least 1: the name of an environment variable"],
+    ),
     ("service.timeout", "soon", ["service.timeout: a duration such as", "not 'soon'"]),
     ("service.timeout", 0, ["service.timeout"]),
     ("service.timeout", -5, ["service.timeout"]),
@@ -270,6 +275,7 @@ def test_a_wrong_value_is_refused(tmp_path: Path, key: str, value: object, said:
     """A value of a wrong type or out of range is refused with file, key, what is allowed and what was given."""
     message = refusal(write(tmp_path, changed(key, value)))
     assert message.startswith(f"job.toml: {key.split('.')[0]}")
+    assert "csk-secret" not in message
     assert [part for part in said if part not in message] == []
 
 
