@@ -363,7 +363,7 @@ def test_what_is_shown_is_true_and_harmless() -> None:
         parts=3,
         complete_parts=2,
         ledger_bytes=2_340_000,
-        totals=Totals(failure_kinds={"rejected": 10}),
+        totals=Totals(failed=10, failure_kinds={"rejected": 10}),
         timeline=[
             Second(time=BEGAN, seconds=10, rows=50, prompt_tokens=7_000, refused=3, failed=2, in_flight=8.6, held={}),
             Second(time=BEGAN + 10, seconds=10, rows=5, held={"input": 1, "tokens per minute": 9}, cost_usd=0.5),

@@ -31,7 +31,7 @@ def status_text(status: Status) -> str:
         ("cost", money(status.cost_usd)),
         ("parts", f"{count(status.parts)} published, {count(status.complete_parts)} of them complete"),
         ("ledger", size(status.ledger_bytes)),
-        ("failed", _counts(status.totals.failure_kinds)),
+        ("failed", _counts(status.totals.failure_kinds) if status.totals.failed == status.failed else ""),
     ]
     text = [printable(head), *(printable(f"  {name:<10}{words}") for name, words in lines if words)]
     if status.troubles:
