@@ -172,6 +172,18 @@ def test_the_timeline_agrees_with_the_books(tmp_path: Path) -> None:
         assert "schedule.max_in_flight" in whole.held
 
 
+def test_the_timeline_tells_why_there_was_nothing_to_send(tmp_path: Path) -> None:
+    """Slow rows that keep too many parts open, and the end of the input, are not taken for a slow input."""
+    stories.write_jsonl(tmp_path / "rows.jsonl", 400)
+    with stories.service(latency=0.01, faults={"slow": 0.1}, slow=2.0, seed=1) as service:
+        job = stories.write_job(tmp_path, service.url, in_flight=32, rows_per_part=20)
+        batcher.run(batcher.load(job))
+    held = added_up(0, lines(tmp_path / "out" / "ledger.sqlite")).held
+    assert held["open parts"] > 1
+    assert held["the last rows"] > 1
+    assert held.get("input", 0) < 1
+
+
 # Seen from outside
 
 
