@@ -70,14 +70,15 @@ def _read(output: Path, size: int, ledger: sqlite3.Connection, busy: bool) -> St
         completion_tokens=totals.billed_completion_tokens,
         cost_usd=totals.cost_usd if totals.rows else 0.0,
     )
-    if not ended:
+    live = note is not None and found.state in LIVE
+    if note is not None and live:
+        found.answered, found.failed = note.snapshot.answered, note.snapshot.failed
+    else:
+        _count(found, size, ledger, records)
+    if live or found.answered + found.failed != totals.rows:  # some of it is not published yet
         spent = added_up(0, list(timeline_of(ledger)))
         found.prompt_tokens, found.completion_tokens = spent.prompt_tokens, spent.completion_tokens
         found.cost_usd = spent.cost_usd
-        if note is not None and found.state in LIVE:
-            found.answered, found.failed = note.snapshot.answered, note.snapshot.failed
-        else:
-            _count(found, size, ledger, records)
     if note is not None:
         _tell(found, note, ledger)
     if found.total is not None:

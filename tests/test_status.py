@@ -425,10 +425,13 @@ def test_requests_that_the_end_cuts_off_are_attempts_too(tmp_path: Path) -> None
         assert run.wait(timeout=10) == 128 + signal.SIGTERM
         assert time.monotonic() - began < 5
         first = len(service.book)
-    assert status(tmp_path / "out").state == "interrupted"
+    found = status(tmp_path / "out")
+    assert found.state == "interrupted"
+    assert found.answered > 0
     with stories.service(latency=0.01) as service:
         assert stories.run(stories.write_job(tmp_path, service.url)).returncode == 0
         second = len(service.book)
+    assert second == 60 - found.answered
     rows = stories.table(tmp_path / "out", "attempts").to_pylist()
     interrupted = [row for row in rows if row["kind"] == "interrupted"]
     assert len(interrupted) == cut_off > 0
