@@ -45,21 +45,29 @@ class Result:
         return dataset.dataset(self.output / name, format="parquet").to_table()
 
 
-async def arun(job: Job, *, watch: Callable[[Snapshot], None] | None = None) -> Result:
-    """Run or resume a job on this event loop; cancelling it keeps all that is recorded. Raises batcher.errors."""
-    return await _arun(job, watch, signals=False)
+async def arun(job: Job, *, input: object = None, watch: Callable[[Snapshot], None] | None = None) -> Result:
+    """Run or resume a job on this event loop; cancelling it keeps all that is recorded.
+
+    `input` is a table or a DataFrame (pyarrow, pandas, Polars, DuckDB) for a job without `[input] path`. Raises
+    batcher.errors.
+    """
+    return await _arun(job, input, watch, signals=False)
 
 
-def run(job: Job, *, watch: Callable[[Snapshot], None] | None = None) -> Result:
-    """Run or resume a job; the first Ctrl-C lets requests in flight end, the second stops. Raises batcher.errors."""
+def run(job: Job, *, input: object = None, watch: Callable[[Snapshot], None] | None = None) -> Result:
+    """Run or resume a job; the first Ctrl-C lets requests in flight end, the second stops.
+
+    `input` is a table or a DataFrame (pyarrow, pandas, Polars, DuckDB) for a job without `[input] path`. Raises
+    batcher.errors.
+    """
     fast = importlib.util.find_spec("uvloop") is not None
-    return anyio.run(_arun, job, watch, True, backend_options={"use_uvloop": fast})
+    return anyio.run(_arun, job, input, watch, True, backend_options={"use_uvloop": fast})
 
 
-async def _arun(job: Job, watch: Callable[[Snapshot], None] | None, signals: bool) -> Result:
+async def _arun(job: Job, table: object, watch: Callable[[Snapshot], None] | None, signals: bool) -> Result:
     if job.service.base_url == SIMULATOR:
         with simulator.running(simulator.Settings()) as service:
-            summary = await engine.run(job, base_url=service.url, watch=watch, signals=signals)
+            summary = await engine.run(job, base_url=service.url, table=table, watch=watch, signals=signals)
     else:
-        summary = await engine.run(job, watch=watch, signals=signals)
+        summary = await engine.run(job, table=table, watch=watch, signals=signals)
     return Result(job.output_folder, summary)

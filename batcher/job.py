@@ -29,8 +29,9 @@ _Text = Annotated[str, Meta(min_length=1)]
 class Input(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the rows come from."""
 
-    path: _Text | Annotated[list[_Text], Meta(min_length=1)]
-    format: Literal["parquet", "jsonl"] | None = None
+    path: _Text | Annotated[list[_Text], Meta(min_length=1)] | None = None
+    """None where the rows come from Python."""
+    format: Literal["parquet", "jsonl", "csv", "arrow", "openai-batch"] | None = None
     id: _Text | None = None
     limit: _Count | None = None
 
@@ -123,7 +124,6 @@ _LATER = {
     "": ("sweep", "score"),
 }
 _LATER_VALUES = {
-    ("input", "format"): ("csv", "arrow", "openai-batch"),
     ("request", "prompt_cache_key"): ("auto",),
     ("request", "max_completion_tokens"): ("auto",),
     ("service", "encoding"): ("msgpack",),
@@ -153,9 +153,9 @@ class Job:
         self,
         *,
         name: str = "job",
-        input: Mapping[str, object],
         request: Mapping[str, object],
         output: Mapping[str, object],
+        input: Mapping[str, object] | None = None,
         service: Mapping[str, object] | None = None,
         schedule: Mapping[str, object] | None = None,
         retry: Mapping[str, object] | None = None,
@@ -179,7 +179,7 @@ class Job:
             if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
                 raise JobError(f"{origin}: {section}: a section, please: [{section}]")
             self._sections[section] = {key: value for key, value in values.items() if value is not None}
-        for section in ("input", "request", "output"):
+        for section in ("request", "output"):
             if section not in self._sections:
                 raise JobError(f"{origin}: the section [{section}] is missing")
         self.name = name
@@ -192,11 +192,11 @@ class Job:
         self.retry: Retry = _section(Retry, "retry", sections["retry"], origin)
         self.output: Output = _section(Output, "output", sections["output"], origin)
         self.request = _request(sections["request"], self.folder, origin)
-        inputs = [self.input.path] if isinstance(self.input.path, str) else self.input.path
+        inputs = [self.input.path] if isinstance(self.input.path, str) else self.input.path or []
         places = [("input.path", place) for place in inputs]
         places += [("output.path", self.output.path), ("output.ledger", self.output.ledger or "")]
         for key, place in places:
-            if "://" in place:
+            if "://" in place and key != "input.path":
                 raise JobError(f"{origin}: {key}: {_shown(place)}: only local paths are supported yet")
             if "\0" in place:
                 raise JobError(f"{origin}: {key}: no path holds a NUL")
@@ -269,7 +269,7 @@ def load(path: str | Path, settings: Sequence[str] = ()) -> Job:
             raise JobError(f"{origin}: [{key}] is not supported yet")
         if key not in top:
             raise _unknown("", key, top, origin)
-    given: dict[str, Any] = dict.fromkeys(("input", "request", "output")) | document
+    given: dict[str, Any] = dict.fromkeys(("request", "output")) | document
     try:
         return Job(**given, folder=path.absolute().parent, origin=origin)
     except RecursionError:

@@ -3,6 +3,7 @@
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
 from typing import Any, NoReturn, cast
 
 import jinja2
@@ -227,7 +228,7 @@ def _as_json(value: object) -> None:
         raise TypeError(f"a {type(value).__name__} has no place in JSON")
 
 
-_encode = msgspec.json.Encoder(enc_hook=_as_json).encode
+_encode = msgspec.json.Encoder(enc_hook=_as_json, decimal_format="number").encode
 
 
 def _to_json(value: object, indent: int | None = None) -> str:
@@ -240,7 +241,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox; undefined names are errors, and so is printing a null, also one inside a column."""
 
     def __init__(self) -> None:
-        super().__init__(undefined=_Unknown, keep_trailing_newline=True, finalize=_native)
+        super().__init__(undefined=_Unknown, keep_trailing_newline=True, finalize=_printed)
         self.tests["none"] = lambda value: value is None or isinstance(value, _Null)
         self.filters["tojson"] = _to_json
         # One row makes one request, however often it is composed.
@@ -254,6 +255,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         """What a method does not find is a null as well."""
         value = super().call(context, obj, *args, **kwargs)
         return _Null(name="what a call returned") if value is None else value
+
+
+def _printed(value: object) -> object:
+    """The value as a template prints it: a decimal with the digits that it has, never as 1E-7."""
+    return format(value, "f") if value.__class__ is Decimal else _native(value)
 
 
 def _native(value: object) -> object:

@@ -13,11 +13,11 @@ from batcher.dialects import Dialect
 from batcher.dialects.prices import cost
 from batcher.errors import JobError
 from batcher.job import SIMULATOR, Job, differences
-from batcher.ledger import Ledger
+from batcher.ledger import Ledger, open_read_only
 from batcher.parse import AnswerSchema, format_schema
 from batcher.prompt import Composer
 from batcher.sink import Shape
-from batcher.source import FileIdentity, Source, changed, open_source
+from batcher.source import FileIdentity, Source, changed, open_source, open_table
 
 _SECRET = re.compile(r"auth|key|token|secret|cookie|session|password", re.IGNORECASE)
 """Names of headers whose values are cut out of everything that comes back."""
@@ -47,8 +47,11 @@ class Prepared(NamedTuple):
         return None if known is None else cost(known, prompt, cached, completion)
 
 
-def prepare(job: Job, base_url: str | None = None) -> Prepared:
-    """Open and check everything that a run needs. `base_url` stands in for the job's. Raises JobError."""
+def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prepared:
+    """Open and check everything that a run needs. Raises JobError.
+
+    `base_url` stands in for the job's, `table` are the rows where the job names no files.
+    """
     service, origin = job.service, job.origin
     base_url = (base_url or service.base_url).rstrip("/")
     local = service.base_url == SIMULATOR
@@ -76,7 +79,7 @@ def prepare(job: Job, base_url: str | None = None) -> Prepared:
         inner = format_schema(wanted)
         parser = AnswerSchema(inner, template.schema_name) if inner is not None else None
     composer = Composer(template, parser.request_format if template.schema is not None and parser else None, origin)
-    source = open_source(job.input.path, job.folder, job.input.format, job.output.rows_per_part)
+    source = _source(job, table)
     known = ", ".join(source.columns)
     if missing := sorted(composer.names - set(source.columns)):
         raise JobError(f"{origin}: request: no column {missing[0]} in the input; its columns are {known}")
@@ -84,10 +87,31 @@ def prepare(job: Job, base_url: str | None = None) -> Prepared:
     for section, name in (("input.id", job.input.id), *(("output.keep", name) for name in keep)):
         if name is not None and name not in source.columns:
             raise JobError(f"{origin}: {section}: no column {name} in the input; its columns are {known}")
+    source.schema(keep)
     path = {"chat": "/chat/completions", "completions": "/completions"}[template.endpoint]
     return Prepared(
         job, source, composer, dialect, parser, base_url + path, headers, key_env, tuple(extra), secrets, keep
     )
+
+
+def _source(job: Job, table: object) -> Source:
+    """The job's rows; the files that an earlier run knew stand first."""
+    given = job.input
+    if table is not None:
+        if given.path is not None or given.format is not None:
+            key = "path" if given.path is not None else "format"
+            raise JobError(f"{job.origin}: input.{key}: not with a table from Python; give one of the two")
+        return open_table(table)
+    if given.path is None:
+        raise JobError(f"{job.origin}: input.path is missing; only batcher.run(job, input=table) can do without")
+    known: list[FileIdentity] = []
+    if job.ledger_path.exists():
+        with open_read_only(job.ledger_path) as ledger:
+            if ledger.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+                found = ledger.execute("SELECT value FROM meta WHERE key = 'input'").fetchone()
+                known = msgspec.json.decode(found[0] if found else b"[]", type=list[FileIdentity])
+    names = [identity.name for identity in known]
+    return open_source(given.path, job.folder, given.format, job.output.rows_per_part, names)
 
 
 def _kept(job: Job, columns: Sequence[str]) -> tuple[str, ...]:

@@ -51,16 +51,18 @@ async def run(
     job: Job,
     *,
     base_url: str | None = None,
+    table: object = None,
     transport: Transport | None = None,
     watch: Callable[[Snapshot], None] | None = None,
     signals: bool = False,
 ) -> Summary:
     """Run or resume a job to its end.
 
-    `transport` and `base_url` stand in for the job's service; `watch` is told the state twice a second; with
+    `table` are the rows where the job names no files: anything with Arrow's C interface. `transport` and `base_url`
+    stand in for the job's service; `watch` is told the state twice a second; with
     `signals` the first SIGINT, SIGTERM or SIGHUP drains and the second stops. Raises the errors of batcher.errors.
     """
-    prepared = await aside(prepare, job, base_url)
+    prepared = await aside(prepare, job, base_url, table)
     with ExitStack() as stack:
         for folder in (job.output_folder, job.ledger_path.parent):
             _make(folder)
@@ -75,7 +77,8 @@ async def run(
             )
         ledger = Ledger(job.ledger_path)
         shape = await aside(agree, ledger, prepared)
-        _write_whole(job.output_folder / "job.toml", job.document())
+        origin = b"" if table is None else b"# The rows came from Python: batcher.run(job, input=table)\n"
+        _write_whole(job.output_folder / "job.toml", origin + job.document())
         stack.enter_context(_collecting_rarely())
         made = transport or HttpTransport(
             prepared.url,

@@ -1,7 +1,6 @@
 """What every source is: rows by position, and the same rows' columns as Arrow."""
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple, NoReturn
@@ -23,7 +22,7 @@ KEPT_ROWS = 8192
 
 
 class Place(NamedTuple):
-    """Where a row starts in a JSONL file: file index, byte (decompressed) and number of its line (from 1)."""
+    """Where a row starts in a text file: file index, byte (decompressed) and number of its line (from 1)."""
 
     file: int
     byte: int
@@ -53,8 +52,8 @@ class Source(ABC):
     def batches(self, start: int, columns: Collection[str] | None = None, size: int = 256) -> Iterator[list[Row]]:
         """Rows from position `start` to the end, in order, in lists of 1 to `size`.
 
-        Parquet rows hold the asked columns alone (None: all), JSONL rows every key of their line. Values are plain
-        Python; nanoseconds are cut to microseconds, the finest that Python's own types hold.
+        Rows of columnar inputs hold the asked columns alone (None: all), those of text files all that is in their
+        line. Values are plain Python; nanoseconds are cut to microseconds, the finest that Python's own types hold.
         A row that cannot be read has a `problem`. Raises JobError when a file cannot be read on.
         """
 
@@ -65,19 +64,19 @@ class Source(ABC):
         Batches have at most 8,192 rows. A row that cannot be read is null.
         """
 
+    @abstractmethod
+    def count(self, stopped: Callable[[], bool]) -> int | None:
+        """Find `total`. None when `stopped()` came true on the way; it is asked about every 16 MiB."""
+
     def check(self) -> None:
         """Raise JobError when a file is no longer the one that was opened."""
         for file, known in zip(self._files, self.identities, strict=True):
             with reading(file.name):
-                now = os.stat(file.path)
-            if (now.st_size, now.st_mtime_ns) != (known.size, known.mtime_ns):
+                now = file.system.get_file_info(file.path)
+            if (now.size, now.mtime_ns or 0) != (known.size, known.mtime_ns):
                 raise JobError(
                     f"{file.name} was changed while the run was reading it\nput it back, and run the same command again"
                 )
-
-    @abstractmethod
-    def count(self, stopped: Callable[[], bool]) -> int | None:
-        """Find `total`. None when `stopped()` came true on the way; it is asked about every 16 MiB."""
 
     def schema(self, names: Sequence[str]) -> pa.Schema:
         """Arrow types that these columns are kept with. Raises JobError for a name that the input has not."""
@@ -87,7 +86,12 @@ class Source(ABC):
         return pa.schema([pa.field(name, self.types[name]) for name in names])
 
     def digest(self, file: int, stopped: Callable[[], bool]) -> str | None:
-        """sha256 (hex) of a file's bytes as they are on disk; None when `stopped()` came true on the way."""
+        """sha256 (hex) of a file's bytes as they are on disk; None when `stopped()` came true on the way.
+
+        Empty for an object: reading it once more, whole, would cost more than it tells.
+        """
+        if self._files[file].remote:
+            return ""
         digest = hashlib.sha256()
         with reading(self._files[file].name), open(self._files[file].path, "rb", buffering=0) as stream:
             for index, block in enumerate(iter(lambda: stream.read(BLOCK), b"")):
@@ -101,3 +105,18 @@ def no_column(name: str, columns: Sequence[str]) -> NoReturn:
     """Say that the input has no such column, and which it has."""
     shown = ", ".join(columns[:30]) + (f" and {len(columns) - 30} more" if len(columns) > 30 else "")
     raise JobError(f"no column {name!r} in the input; columns are {shown or 'none'}")
+
+
+def same_columns(expected: dict[str, pa.DataType], found: dict[str, pa.DataType], first: str, other: str) -> None:
+    """Raise JobError where two files of one job differ in a column or its type."""
+    for name in [*expected, *found]:
+        one, two = expected.get(name), found.get(name)
+        if one != two:
+            what = (
+                f"has no column {name!r}, which {first} has"
+                if two is None
+                else f"has a column {name!r}, which {first} has not"
+                if one is None
+                else f"has column {name!r} as {two}, {first} as {one}"
+            )
+            raise JobError(f"input files have different schemas: {other} {what}")
