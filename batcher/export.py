@@ -93,7 +93,7 @@ def _endpoint(output: Path) -> str:
     """The endpoint that the job asked."""
     try:
         document = tomllib.loads((output / "job.toml").read_text(encoding="utf-8"))
-        return str(document["request"].get("endpoint", "chat"))
+        return str(document.get("request", {}).get("endpoint", "chat"))
     except OSError:
         raise JobError(f"{output}: no output of batcher, for it has no job.toml") from None
     except (ValueError, KeyError, AttributeError):

@@ -33,6 +33,8 @@ class Input(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """None where the rows come from Python."""
     format: Literal["parquet", "jsonl", "csv", "arrow", "openai-batch"] | None = None
     id: _Text | None = None
+    where: _Text | None = None
+    sample: _Count | None = None
     limit: _Count | None = None
 
 
@@ -79,9 +81,12 @@ class Output(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class RequestTemplate(Struct, frozen=True, kw_only=True):
     """The `[request]` section with its files read: what every row's request is made from."""
 
-    endpoint: Literal["chat", "completions"]
+    endpoint: Literal["chat", "completions"] | None
+    """None: the column `url` names each row's."""
     parameters: dict[str, object]
-    """The API's own names; strings may be templates. `messages` or `prompt` is among them."""
+    """The API's own names; strings may be templates. `messages` or `prompt` is among them, or there are none."""
+    body: str | None = None
+    """A template that gives a whole request, in place of all parameters."""
     schema: dict[str, object] | None = None
     schema_name: str = "answer"
 
@@ -109,12 +114,13 @@ _MESSAGES = Annotated[list[dict[str, Any]], Meta(min_length=1)]
 _CHAT: dict[str, Any] = _PARAMETERS | {"messages": _MESSAGES}
 _NOT_COMPLETIONS = {"max_completion_tokens", "response_format", "reasoning_effort"}
 _COMPLETIONS: dict[str, Any] = {k: t for k, t in _PARAMETERS.items() if k not in _NOT_COMPLETIONS} | {"prompt": str}
-_SHORTHANDS = ("endpoint", "system", "prompt")
+_SHORTHANDS = ("endpoint", "system", "prompt", "body")
+
+_URLS = {"/chat/completions": "chat", "/completions": "completions"}
 
 _LATER = {
-    "input": ("where", "sample"),
     "request": (
-        *("body", "extra", "tools", "tool_choice", "parallel_tool_calls", "logprobs", "top_logprobs", "logit_bias"),
+        *("extra", "tools", "tool_choice", "parallel_tool_calls", "logprobs", "top_logprobs", "logit_bias"),
         *("prediction", "stream", "stream_options", "clear_thinking", "disable_reasoning", "reasoning_format"),
         *("min_completion_tokens", "min_tokens", "return_raw_tokens", "grammar_root", "echo", "best_of"),
         *("service_tier", "queue_threshold"),
@@ -153,7 +159,7 @@ class Job:
         self,
         *,
         name: str = "job",
-        request: Mapping[str, object],
+        request: Mapping[str, object] | None = None,
         output: Mapping[str, object],
         input: Mapping[str, object] | None = None,
         service: Mapping[str, object] | None = None,
@@ -179,19 +185,26 @@ class Job:
             if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
                 raise JobError(f"{origin}: {section}: a section, please: [{section}]")
             self._sections[section] = {key: value for key, value in values.items() if value is not None}
+        batch = self._sections.get("input", {}).get("format") == "openai-batch"
         for section in ("request", "output"):
-            if section not in self._sections:
+            if section not in self._sections and not (batch and section == "request"):
                 raise JobError(f"{origin}: the section [{section}] is missing")
         self.name = name
         self.folder = Path(folder).absolute()
         self.origin = origin
         sections = {name: self._sections.get(name, {}) for name in (*_SECTIONS, "request")}
         self.input: Input = _section(Input, "input", sections["input"], origin)
+        if batch:  # the file says what is asked, and what it is called
+            sections["request"] = {"body": "{{ body }}", **sections["request"]}
+            if self.input.id is None:
+                self.input = msgspec.structs.replace(self.input, id="custom_id")
+        if self.input.sample is not None and self.input.limit is not None:
+            raise JobError(f"{origin}: input: sample or limit, not both")
         self.service: Service = _service(sections["service"], origin)
         self.schedule: Schedule = _section(Schedule, "schedule", sections["schedule"], origin)
         self.retry: Retry = _section(Retry, "retry", sections["retry"], origin)
         self.output: Output = _section(Output, "output", sections["output"], origin)
-        self.request = _request(sections["request"], self.folder, origin)
+        self.request = _request(sections["request"], batch, self.folder, origin)
         inputs = [self.input.path] if isinstance(self.input.path, str) else self.input.path or []
         places = [("input.path", place) for place in inputs]
         places += [("output.path", self.output.path), ("output.ledger", self.output.ledger or "")]
@@ -206,7 +219,8 @@ class Job:
             raise JobError(f"{origin}: the job cannot be written as TOML: {error}") from None
 
     def __repr__(self) -> str:
-        return f"Job({self.name!r}, {self.request.parameters['model']!r}, output={self.output.path!r})"
+        asked = self.request.parameters.get("model", self.request.body)
+        return f"Job({self.name!r}, {asked!r}, output={self.output.path!r})"
 
     @property
     def output_folder(self) -> Path:
@@ -236,11 +250,13 @@ class Job:
         return {
             "request.endpoint": self.request.endpoint,
             **parameters,
+            "request.body": self.request.body,
             "request.response_format.schema": self.request.schema,
             "service.host": SIMULATOR
             if self.service.base_url == SIMULATOR
             else urlsplit(self.service.base_url).hostname,
             "input.id": self.input.id,
+            "input.where": self.input.where,
             "output.keep": self.output.keep,
             "output.rows_per_part": self.output.rows_per_part,
             "output.raw": self.output.raw,
@@ -279,6 +295,25 @@ def load(path: str | Path, settings: Sequence[str] = ()) -> Job:
 def keys() -> tuple[Mapping[str, type[Struct]], Mapping[str, Mapping[str, Any]]]:
     """What a job file may hold: the struct of each section, and the types of `[request]`'s keys by endpoint."""
     return _SECTIONS, {"chat": _CHAT | {"system": str, "prompt": str}, "completions": _COMPLETIONS}
+
+
+def endpoint_of(url: object) -> str | None:
+    """The endpoint that a batch file's `url` names; None where we do not serve it."""
+    return _URLS.get(url.removeprefix("/v1")) if isinstance(url, str) else None
+
+
+def misfits(endpoint: str, request: Mapping[str, object]) -> str | None:
+    """Say what is wrong with a whole request, or None. What nobody here knows may be another server's: it passes."""
+    for name in ("model", "messages" if endpoint == "chat" else "prompt"):
+        if request.get(name) is None:
+            return f"{name} is missing"
+    if request.get("stream"):
+        return "stream: answers are read whole here; take it out"
+    known = _CHAT if endpoint == "chat" else _COMPLETIONS
+    for name in known:
+        if request.get(name) is not None and (wrong := misfit(endpoint, name, request[name])):
+            return wrong
+    return None
 
 
 def misfit(endpoint: str, name: str, value: object) -> str | None:
@@ -376,7 +411,8 @@ def _is_near(host: str) -> bool:
         return "." not in host or host.endswith((".local", ".internal", ".localhost"))
 
 
-def _request(given: Mapping[str, object], folder: Path, origin: str) -> RequestTemplate:
+def _request(given: Mapping[str, object], batch: bool, folder: Path, origin: str) -> RequestTemplate:
+    """The `[request]` section; `batch` says that the rows have the columns of an OpenAI batch file."""
     endpoint = given.get("endpoint", "chat")
     if endpoint not in ("chat", "completions"):
         raise JobError(f"{origin}: request.endpoint: chat or completions, not {_shown(endpoint)}")
@@ -384,10 +420,12 @@ def _request(given: Mapping[str, object], folder: Path, origin: str) -> RequestT
     known = _CHAT if chat else _COMPLETIONS
     for key, value in given.items():
         _refuse_later("request", key, value, origin)
-        if key not in known and not (key in _SHORTHANDS if chat else key == "endpoint"):
+        if key not in known and not (key in _SHORTHANDS if chat else key in ("endpoint", "body")):
             if key in {*_CHAT, *_COMPLETIONS, *_SHORTHANDS}:
                 raise JobError(f"{origin}: request.{key}: not with endpoint = {_shown(endpoint)}")
-            raise _unknown("request", key, {*known, *_SHORTHANDS} if chat else {*known, "endpoint"}, origin)
+            raise _unknown("request", key, {*known, *_SHORTHANDS} if chat else {*known, "endpoint", "body"}, origin)
+    if "body" in given:
+        return _whole_request(given, batch, folder, origin)
     values = {key: _with_files(value, folder, f"{origin}: request.{key}") for key, value in given.items()}
     values.pop("endpoint", None)
     if "max_tokens" in values and "max_completion_tokens" in values:
@@ -422,6 +460,21 @@ def _request(given: Mapping[str, object], folder: Path, origin: str) -> RequestT
         if not is_template(value) and (wrong := misfit(endpoint, key, value)):
             raise JobError(f"{origin}: request.{wrong}")
     return RequestTemplate(endpoint=endpoint, parameters=values, schema=schema, schema_name=schema_name)
+
+
+def _whole_request(given: Mapping[str, object], batch: bool, folder: Path, origin: str) -> RequestTemplate:
+    """A `[request]` section with `body`, beside which nothing stands but `endpoint`."""
+    for key in given:
+        if key == "endpoint" and batch:
+            raise JobError(f"{origin}: request.endpoint: in a batch file the url of each row names it")
+        if key not in ("endpoint", "body"):
+            why = "a batch file's rows are whole requests" if batch else "body is a whole request"
+            raise JobError(f"{origin}: request.{key}: {why}; nothing is added to it")
+    body = _with_files(given["body"], folder, f"{origin}: request.body")
+    if not isinstance(body, str) or not is_template(body):
+        raise JobError(f'{origin}: request.body: a template such as "{{{{ body }}}}", not {_shown(body)}')
+    endpoint: Any = None if batch else given.get("endpoint", "chat")
+    return RequestTemplate(endpoint=endpoint, parameters={}, body=body)
 
 
 def _with_files(value: object, folder: Path, where: str) -> object:

@@ -2,21 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 
 import msgspec
 
+from batcher import bits
 from batcher.dialects import PRICES_AS_OF
-from batcher.engine import Prepared, prepare
+from batcher.engine import LOOKED_AT, Prepared, Selection, first_rows, prepare, refuse_unserved, select
 from batcher.job import SIMULATOR, Job, Schedule, differences
 from batcher.ledger import done_rows, open_read_only, parts_of
-from batcher.records import UNIT, Request, Row
+from batcher.records import PATHS, UNIT, Failure, Request
 from batcher.report import count, duration, money, printable
 from batcher.source import FileIdentity, changed
 
-SAMPLE = 1_000
-"""Rows from the start of the input that the estimates are made from."""
 ASSUMED_LATENCY = 1.0
 """Seconds an answer takes, where only the number of requests in flight is known."""
 
@@ -27,6 +25,7 @@ class Plan:
 
     name: str
     url: str
+    """Where the first request goes."""
     headers: Mapping[str, str]
     """What goes with every request; of secrets only where they come from."""
     body: bytes | None
@@ -59,16 +58,16 @@ class Plan:
 def plan(job: Job) -> Plan:
     """Look at a job. Raises JobError for everything that would keep it from running."""
     prepared = prepare(job)
-    source = prepared.source
-    rows = source.total if source.total is not None else source.count(lambda: False)
-    assert rows is not None
-    rows = min(rows, job.input.limit or rows)
-    done, refusal = _earlier(prepared)
-    done = min(done, rows)
-    sample = [prepared.composer.compose(row) for row in _first_rows(prepared, min(rows, SAMPLE))]
+    selection = select(prepared, lambda: False)
+    assert selection is not None
+    rows = selection.size
+    done, refusal = _earlier(prepared, selection)
+    looked = first_rows(prepared, selection, LOOKED_AT)
+    sample = [prepared.composer.compose(row) for row in looked]
+    refuse_unserved(prepared, looked)
     requests = [request for request in sample if isinstance(request, Request)]
     unsendable = tuple(
-        (position, made.message) for position, made in enumerate(sample) if not isinstance(made, Request)
+        (row.position, made.message) for row, made in zip(looked, sample, strict=True) if isinstance(made, Failure)
     )
     left = (rows - done) * len(requests) / max(1, len(sample))
     prompt = _mean([request.prompt_tokens for request in requests])
@@ -80,9 +79,8 @@ def plan(job: Job) -> Plan:
     seconds, binds = _time(job.schedule, left, (prompt or 0.0) + (output or 0.0), capped)
     return Plan(
         name=job.name,
-        url=prepared.url.replace(
-            SIMULATOR, "(the embedded simulator)/v1", 1 if job.service.base_url == SIMULATOR else 0
-        ),
+        url=("(the embedded simulator)/v1" if job.service.base_url == SIMULATOR else prepared.url)
+        + (PATHS[requests[0].endpoint] if requests else ""),
         headers=_headers(prepared),
         body=requests[0].body if requests else None,
         rows=rows,
@@ -141,11 +139,6 @@ def render(plan: Plan) -> str:
     return "\n".join([*request, "", *(printable(f"{name:<11}{text}") for name, text in lines)])
 
 
-def _first_rows(prepared: Prepared, number: int) -> list[Row]:
-    batches = prepared.source.batches(0, prepared.composer.names)
-    return list(islice(chain.from_iterable(batches), number))
-
-
 def _headers(prepared: Prepared) -> dict[str, str]:
     """The headers with every secret replaced by the name of its variable."""
     shown = dict(prepared.headers)
@@ -156,8 +149,8 @@ def _headers(prepared: Prepared) -> dict[str, str]:
     return shown
 
 
-def _earlier(prepared: Prepared) -> tuple[int, str | None]:
-    """How many rows an earlier run has done, and why it cannot be gone on with."""
+def _earlier(prepared: Prepared, selection: Selection) -> tuple[int, str | None]:
+    """How many of the selected rows an earlier run has done, and why it cannot be gone on with."""
     job = prepared.job
     if not job.ledger_path.exists():
         if any((job.output_folder / "responses").glob("*.parquet")):
@@ -167,8 +160,9 @@ def _earlier(prepared: Prepared) -> tuple[int, str | None]:
         size = job.output.rows_per_part
         done = 0
         for part, record in parts_of(ledger, UNIT):
-            done += record.settled - part * size
-            done += len(done_rows(ledger, UNIT, part * size, (part + 1) * size))
+            start, stop = part * size, (part + 1) * size
+            ended = record.done(start) | bits.of(done_rows(ledger, UNIT, start, stop), start)
+            done += (ended & selection.part(start, stop)).bit_count()
         known = dict(ledger.execute("SELECT key, value FROM meta"))
     begun = msgspec.json.decode(known.get("meaning", b"{}"))
     meaning = msgspec.json.decode(msgspec.json.encode(job.meaning()))

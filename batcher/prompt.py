@@ -14,7 +14,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batcher.errors import JobError
-from batcher.job import RequestTemplate, is_template, misfit
+from batcher.job import RequestTemplate, endpoint_of, is_template, misfit, misfits
 from batcher.records import Failure, Kind, Request, Row
 
 BYTES_PER_TOKEN = 4
@@ -43,14 +43,8 @@ class Composer:
         if response_format is not None:
             parameters["response_format"] = response_format
         for name, value in parameters.items():
-            try:
-                # The words of the job's schema are the service's to read, not templates.
-                render = None if value is response_format else self._compile(value, names)
-            except jinja2.TemplateSyntaxError as error:
-                wrong = f"{error.message} (line {error.lineno})"
-                raise JobError(f"{origin}: request.{name}: not a Jinja template: {wrong}") from None
-            except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
-                raise JobError(f"{origin}: request.{name}: not a Jinja template: {error}") from None
+            # The words of the job's schema are the service's to read, not templates.
+            render = None if value is response_format else self._named(name, value, names, origin)
             if render is None:
                 self._fixed[name] = msgspec.Raw(msgspec.json.encode(value))
             else:
@@ -65,19 +59,21 @@ class Composer:
         varying = {name for name, _ in self._rendered}
         self._checked = {name for name in varying if name != "messages" or is_template(parameters[name])}
         self._constants = parameters
+        self._whole: _Render | None = None
+        if template.body is not None:
+            self._whole = self._named("body", template.body, names, origin)
+            if template.endpoint is None:
+                names.add("url")
         self.names = frozenset(names)
 
     def compose(self, row: Row, unit: int = 0) -> Request | Failure:
         """The request of a row; a failure where it has none: unreadable input, a null in a template, a bad value."""
         if row.problem is not None:
             return Failure(Kind.BAD_INPUT, row.problem)
-        fields = row.fields
-        if not self.names <= fields.keys():  # JSONL: what is not there is null
-            fields = dict.fromkeys(self.names) | dict(fields)
-        for value in fields.values():
-            if value is None or isinstance(value, _NESTING):
-                fields = {name: _guarded(value, name) for name, value in fields.items()}
-                break
+        if self._whole is not None:
+            return self._forward(self._whole, row, unit)
+        assert self._endpoint is not None
+        fields = self._seen(row)
         values = self._fixed.copy()
         name = "body"
         try:
@@ -101,10 +97,74 @@ class Composer:
             output_tokens=cast(int, cap) * cast(int, self._value("n", values) or 1),
             hash=hashlib.blake2b(body, digest_size=16).digest(),
             cache_key=cast(str | None, self._value("prompt_cache_key", values)),
+            endpoint=self._endpoint,
         )
+
+    def unserved(self, row: Row) -> str | None:
+        """Say so where a row's `url` is one that is not served, or None."""
+        if self._endpoint is not None or row.problem is not None or endpoint_of(url := row.fields.get("url")):
+            return None
+        return f"url: /v1/chat/completions or /v1/completions, not {url!r}"[:200]
+
+    def _forward(self, whole: _Render, row: Row, unit: int) -> Request | Failure:
+        """The request of a row that holds it whole; its bytes are not touched where they are bytes or text already."""
+        if wrong := self.unserved(row):
+            return Failure(Kind.UNSENDABLE, wrong)
+        endpoint = self._endpoint or cast(str, endpoint_of(row.fields.get("url")))
+        try:
+            made = whole(self._seen(row))
+            match made:
+                case msgspec.Raw():
+                    body = bytes(made)
+                case str():
+                    body = made.encode()
+                case _:
+                    body = _encode(made)
+            request = _decode(body)
+        except UnicodeEncodeError:
+            return Failure(Kind.UNSENDABLE, "the text holds a lone surrogate, which UTF-8 cannot carry")
+        except Exception as error:  # whatever a template of the job's author raises is this row's failure
+            return Failure(Kind.UNSENDABLE, f"request.body: {error}"[:300])
+        if type(request) is not dict:
+            return Failure(Kind.UNSENDABLE, "request.body: a request is a JSON object")
+        if wrong := misfits(endpoint, request):
+            return Failure(Kind.UNSENDABLE, f"request.body: {wrong}"[:300])
+        said = _encode(request["messages" if endpoint == "chat" else "prompt"])
+        cap = request.get("max_completion_tokens") or request.get("max_tokens") or 0
+        return Request(
+            unit=unit,
+            row=row.position,
+            model=request["model"],
+            body=body,
+            prompt_tokens=max(1, len(said) // BYTES_PER_TOKEN),
+            output_tokens=cap * (request.get("n") or 1),
+            hash=hashlib.blake2b(body, digest_size=16).digest(),
+            cache_key=request.get("prompt_cache_key"),
+            endpoint=endpoint,
+        )
+
+    def _seen(self, row: Row) -> _Fields:
+        """A row's fields as templates see them: what is not there is null, and every null knows its name."""
+        fields = row.fields
+        if not self.names <= fields.keys():  # JSONL
+            fields = dict.fromkeys(self.names) | dict(fields)
+        for value in fields.values():
+            if value is None or isinstance(value, _NESTING):
+                return {name: _guarded(value, name) for name, value in fields.items()}
+        return fields
 
     def _value(self, name: str, values: Mapping[str, object]) -> object:
         return values[name] if name in self._checked else self._constants.get(name)
+
+    def _named(self, name: str, value: object, names: set[str], origin: str) -> _Render | None:
+        """As `_compile`, with the parameter's name before what is wrong. Raises JobError."""
+        try:
+            return self._compile(value, names)
+        except jinja2.TemplateSyntaxError as error:
+            wrong = f"{error.message} (line {error.lineno})"
+            raise JobError(f"{origin}: request.{name}: not a Jinja template: {wrong}") from None
+        except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
+            raise JobError(f"{origin}: request.{name}: not a Jinja template: {error}") from None
 
     def _compile(self, value: object, names: set[str]) -> _Render | None:
         """A function of the row's fields, or None where the value is the same for every row."""
@@ -229,6 +289,7 @@ def _as_json(value: object) -> None:
 
 
 _encode = msgspec.json.Encoder(enc_hook=_as_json, decimal_format="number").encode
+_decode = msgspec.json.Decoder().decode
 
 
 def _to_json(value: object, indent: int | None = None) -> str:

@@ -6,8 +6,14 @@ from typing import NamedTuple
 
 import msgspec
 
+from batcher import bits
+
 UNIT = 0
 """A plain job has one unit of rows; a sweep will have one per variant and sample."""
+
+
+PATHS = {"chat": "/chat/completions", "completions": "/completions"}
+"""Where each endpoint lies below a service's base address."""
 
 
 class Kind(StrEnum):
@@ -84,6 +90,8 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     output_tokens: int
     hash: bytes
     cache_key: str | None = None
+    endpoint: str = "chat"
+    """chat or completions."""
 
 
 class Turn(msgspec.Struct, gc=False):
@@ -279,8 +287,8 @@ class FileRecord(msgspec.Struct, frozen=True):
 class PartRecord(msgspec.Struct, frozen=True):
     """What the ledger knows of one range of rows.
 
-    The range's selected rows end before `stop`. Rows before `settled` are done and dropped from the ledger: they
-    stand in `files` alone. `place` is where the range starts in a JSONL input: file, byte, line.
+    The range's selected rows end before `stop`. Of the rows before `settled` those in `rows` are done and dropped from
+    the ledger: they stand in `files` alone. `place` is where the range starts in a JSONL input: file, byte, line.
     """
 
     stop: int
@@ -288,6 +296,12 @@ class PartRecord(msgspec.Struct, frozen=True):
     place: tuple[int, int, int] | None = None
     totals: Totals = msgspec.field(default_factory=Totals)
     files: tuple[FileRecord, ...] = ()
+    rows: bytes | None = None
+    """A packed set, counted from the range's start; None for all rows before `settled`."""
+
+    def done(self, start: int) -> int:
+        """The set of rows that stand in `files` alone, of the range that begins at row `start`."""
+        return bits.first(self.settled - start) if self.rows is None else bits.unpack(self.rows)
 
     @property
     def complete(self) -> bool:

@@ -16,7 +16,10 @@ MEANINGS: Mapping[str, str] = {
     "input.format": "For files whose suffix does not tell.",
     "input.id": "The column that becomes `id` in the results; the position when absent.",
     "input.limit": "The first so many rows only.",
+    "input.sample": "So many rows, drawn at random: the same ones every time.",
+    "input.where": "Only rows for which this SQL condition holds.",
     "request": "What every row asks: the API's own parameters. Any text may be a template over the row's columns.",
+    "request.body": "A template that gives a whole request, in place of everything else.",
     "request.endpoint": "Chat messages, or a bare text to go on with.",
     "request.frequency_penalty": "Against saying the same words again.",
     "request.max_completion_tokens": "The most tokens that an answer may have, reasoning included.",
@@ -111,6 +114,7 @@ def schema() -> _Schema:
     properties: _Schema = {"name": {"type": "string", "minLength": 1, "default": "job"}}
     properties |= {name: _without_null(components.pop(component)) for name, component in names.items()}
     properties["request"] = _request(endpoints)
+    properties["input"]["not"] = {"required": ["sample", "limit"]}
     for component in components.values():
         component["additionalProperties"] = False
         for known in component["properties"].values():
@@ -128,8 +132,13 @@ def schema() -> _Schema:
         "title": "A job of batcher",
         "type": "object",
         "properties": properties,
-        "required": ["input", "request", "output"],
+        "required": ["input", "output"],
         "additionalProperties": False,
+        "if": {
+            "properties": {"input": {"properties": {"format": {"const": "openai-batch"}}, "required": ["format"]}},
+        },
+        "then": {"properties": {"request": {"propertyNames": {"const": "body"}}}},
+        "else": {"required": ["request"], "properties": {"request": _together(endpoints)}},
         "$defs": {**_DEFINITIONS, **{name: _without_null(component) for name, component in components.items()}},
     }
 
@@ -141,7 +150,7 @@ def _describe(written: _Schema, key: str) -> None:
 
 
 def _request(endpoints: Mapping[str, Mapping[str, Any]]) -> _Schema:
-    """The section whose keys depend on the endpoint."""
+    """The section's keys, those of all endpoints."""
     properties: _Schema = {"endpoint": {"enum": [*endpoints], "default": "chat"}}
     for known in endpoints.values():
         types = {key: kind for key, kind in known.items() if key not in properties}
@@ -149,15 +158,18 @@ def _request(endpoints: Mapping[str, Mapping[str, Any]]) -> _Schema:
         properties |= {key: _templated(each) for key, each in zip(types, written, strict=True)}
     others = [{"$ref": "#/$defs/template"}, {"$ref": "#/$defs/file"}]
     messages = {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["role"]}}
+    properties["body"] = {"anyOf": others}
     properties["messages"] = {"anyOf": [messages, *others]}
     own = {"type": "object", "not": {"anyOf": [{"required": ["schema"]}, {"required": ["file"]}]}}
     properties["response_format"] = {"anyOf": [{"$ref": "#/$defs/schema"}, own, *others]}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _together(endpoints: Mapping[str, Mapping[str, Any]]) -> _Schema:
+    """What of `[request]` goes together: a whole request, or what the endpoint knows."""
     chat, completions = (set(endpoints[name]) for name in ("chat", "completions"))
-    return {
-        "type": "object",
-        "properties": properties,
+    parameters = {
         "required": ["model"],
-        "additionalProperties": False,
         "not": {"required": ["max_tokens", "max_completion_tokens"]},
         "if": {"properties": {"endpoint": {"const": "completions"}}, "required": ["endpoint"]},
         "then": {"required": ["prompt"], "properties": dict.fromkeys(sorted(chat - completions), False)},
@@ -168,6 +180,11 @@ def _request(endpoints: Mapping[str, Mapping[str, Any]]) -> _Schema:
             ],
             "properties": dict.fromkeys(sorted(completions - chat), False),
         },
+    }
+    return {
+        "if": {"required": ["body"]},
+        "then": {"properties": dict.fromkeys(sorted(chat | completions), False)},
+        "else": parameters,
     }
 
 

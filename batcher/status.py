@@ -94,7 +94,7 @@ def _count(found: Status, size: int, ledger: sqlite3.Connection, records: dict[i
     found.answered = found.failed = 0
     for part, record in records.items():
         done, failed = counted.get(part, (0, 0))
-        before = record.settled - part * size
+        before = record.done(part * size).bit_count()
         # A part that was opened again stands half in its former self, half in the ledger.
         failed = max(failed, record.totals.failed)
         found.failed += failed

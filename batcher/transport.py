@@ -20,7 +20,7 @@ from yarl import URL
 
 from batcher.dialects import Dialect
 from batcher.errors import JobError
-from batcher.records import Failure, Kind, Reply, Request, Timing
+from batcher.records import PATHS, Failure, Kind, Reply, Request, Timing
 
 
 class Transport(Protocol):
@@ -60,9 +60,9 @@ class _UnreadableError(Exception):
 
 
 class HttpTransport:
-    """Requests to one address over HTTP. Made inside a running event loop.
+    """Requests to one service over HTTP. Made inside a running event loop.
 
-    `url` is the endpoint's full address, `timeout` the seconds that a whole request may take. `secrets` are cut out of
+    `url` is the service's base address, `timeout` the seconds that a whole request may take. `secrets` are cut out of
     everything that comes back. JobError when the address or a header cannot be sent.
     """
 
@@ -78,6 +78,7 @@ class HttpTransport:
         max_body_bytes: int = 8 << 20,
     ) -> None:
         self._url = _address(url)
+        self._urls = {endpoint: _address(url + path) for endpoint, path in PATHS.items()}
         self._dialect = dialect
         self._timeout = timeout
         self._max_wire_bytes = max_wire_bytes
@@ -109,7 +110,9 @@ class HttpTransport:
         started = time.perf_counter()
         try:
             response = await self._session.post(
-                self._url, data=body if len(body) <= _LARGE_REQUEST else io.BytesIO(body), allow_redirects=False
+                self._urls[request.endpoint],
+                data=body if len(body) <= _LARGE_REQUEST else io.BytesIO(body),
+                allow_redirects=False,
             )
             status = response.status
             answer = await (self._whole(response) if status == 200 else self._start(response))
@@ -204,7 +207,7 @@ class HttpTransport:
 
     def _redirection(self, response: aiohttp.ClientResponse) -> str:
         try:
-            target = self._url.join(URL(response.headers.get(hdrs.LOCATION, "")))
+            target = response.url.join(URL(response.headers.get(hdrs.LOCATION, "")))
         except ValueError:
             return "the service redirects to an address that is none"
         return f"the service redirects to {target.host}; redirects are not followed, set base_url to the final address"

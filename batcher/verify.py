@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batcher import bits
 from batcher.errors import JobError
 from batcher.job import Output
 from batcher.ledger import Lock, done_rows, open_read_only, parts_of
@@ -42,7 +43,7 @@ def verify(output: Path) -> Verdict:
     """
     size, path = settings(output)
     with Lock(output), open_read_only(path) as ledger:
-        return _Recount(output, size, ledger).verdict()
+        return _Recount(output, size, _is_selective(output), ledger).verdict()
 
 
 def settings(output: Path) -> tuple[int, Path]:
@@ -60,21 +61,28 @@ def settings(output: Path) -> tuple[int, Path]:
     return section.rows_per_part, ledger
 
 
+def _is_selective(output: Path) -> bool:
+    """Whether it is the ledger that tells which rows the last run was about."""
+    given = tomllib.loads((output / "job.toml").read_text(encoding="utf-8")).get("input", {})
+    return "where" in given or "sample" in given
+
+
 class _Recount:
     """The state of one recount."""
 
-    def __init__(self, output: Path, size: int, ledger: sqlite3.Connection) -> None:
+    def __init__(self, output: Path, size: int, selective: bool, ledger: sqlite3.Connection) -> None:
         self._output = output
         self._size = size
         self._ledger = ledger
         self._schemas: dict[str, tuple[str, pa.Schema]] = {}
-        self._reached = 0
-        """All rows below this one lie in complete parts."""
+        self._complete: dict[int, int] = {}
+        """Complete parts, and the sets of rows that are done in them."""
         self._open = 0
         self._found = Verdict()
         self._summary = self._read_summary()
         self._ended = self._summary is not None and not (output / ".publishing").exists()
         """Whether the last run came to its end, and the summary is its."""
+        self._selective = selective
 
     def verdict(self) -> Verdict:
         """All parts, then what they make together."""
@@ -97,8 +105,8 @@ class _Recount:
             recorded.add(record.totals)
             if not complete:
                 self._open += 1
-            elif part * self._size == self._reached:
-                self._reached = record.stop
+            else:
+                self._complete[part] = record.done(part * self._size)
             if complete or self._ended:
                 self._compare(f"part {part:06d}", totals, "the ledger", record.totals)
         self._whole(recorded)
@@ -130,7 +138,7 @@ class _Recount:
             rows[folder] = read["row"]
             if settled and known.get(name, read.num_rows) != read.num_rows:
                 self._say(name, f"holds {read.num_rows:,} rows, and {known[name]:,} were published")
-        self._once(part, rows, allowed, complete)
+        self._once(part, rows, record, complete)
         return totals
 
     def _intact(self, file: FileRecord) -> None:
@@ -184,7 +192,7 @@ class _Recount:
         if (wrong := pc.index(outside, True).as_py()) >= 0:
             self._say(name, f"row {rows[wrong].as_py()} is outside of {allowed.start} to {allowed.stop - 1}")
 
-    def _once(self, part: int, rows: dict[str, pa.ChunkedArray], allowed: range, complete: bool) -> None:
+    def _once(self, part: int, rows: dict[str, pa.ChunkedArray], record: PartRecord, complete: bool) -> None:
         """No row has both answer and failure; none is missing that is done."""
         empty = pa.chunked_array([], pa.int64())
         answered, failed = rows.get("responses", empty), rows.get("failures", empty)
@@ -192,12 +200,13 @@ class _Recount:
         if both >= 0:
             row = failed[both].as_py()
             self._say(f"failures/part-{part:06d}.parquet", f"row {row} stands in responses too")
-        if complete:
-            expected = pa.array(range(allowed.start, allowed.stop), pa.int64())
-        elif self._ended and self._summary is not None and self._summary.state != "stopped":
-            expected = pa.array(done_rows(self._ledger, UNIT, allowed.start, allowed.stop), pa.int64())
-        else:
-            return
+        start = part * self._size
+        done = bits.rows(record.done(start), start)
+        if not complete:
+            if not self._ended or self._summary is None or self._summary.state == "stopped":
+                return
+            done += done_rows(self._ledger, UNIT, start, start + self._size)
+        expected = pa.array(done, pa.int64())
         there = pc.is_in(expected, value_set=pa.chunked_array([*answered.chunks, *failed.chunks], pa.int64()))
         missing = pc.sum(pc.invert(there)).as_py()
         if missing:
@@ -230,8 +239,24 @@ class _Recount:
         if summary.selected is None:
             self._say("summary.json", "calls the output complete and does not say how many rows that is")
             return
-        if self._reached < summary.selected:
-            self._say("summary.json", f"calls {summary.selected:,} rows complete, and row {self._reached} is not")
+        selected = self._selected() if self._selective else bits.first(summary.selected)
+        if selected.bit_count() != summary.selected:
+            self._say("summary.json", f"tells of {summary.selected:,} rows, and {selected.bit_count():,} are selected")
+        for part in range(-(-selected.bit_length() // self._size)):
+            start = part * self._size
+            if missing := bits.cut(selected, start, start + self._size) & ~self._complete.get(part, 0):
+                row = bits.rows(missing, start)[0]
+                self._say("summary.json", f"calls {summary.selected:,} rows complete, and row {row} is not")
+                return
+
+    def _selected(self) -> int:
+        """The set of rows that the last run selected."""
+        found = self._ledger.execute("SELECT value FROM meta WHERE key = 'selection'").fetchone()
+        try:
+            return bits.unpack(found[0] if found else bits.pack(0))
+        except ValueError as error:
+            self._say("ledger.sqlite", str(error))
+            return 0
 
     def _compare(self, name: str, said: Totals, where: str, found: Totals) -> None:
         for key in Totals.__struct_fields__:

@@ -22,8 +22,7 @@ class Condition:
         self._query = f"SELECT coalesce(({sql}\n)::BOOLEAN, false) FROM rows"
         # It is the user's own condition, but a condition that reads files or the net is none.
         self._database = duckdb.connect(config={"enable_external_access": "false"})
-        serialized = self._ask("SELECT json_serialize_sql(?)", [self._query]).fetchall()[0][0]
-        tree = json.loads(serialized)
+        tree = json.loads(self._ask("SELECT json_serialize_sql(?)", [self._query])[0].as_py())
         if tree["error"]:
             raise JobError(f"{place}: not an SQL condition: {tree['error_message']}")
         used = {name.casefold() for name in _names(tree)}
@@ -33,14 +32,15 @@ class Condition:
     def mask(self, batch: pa.RecordBatch) -> pa.BooleanArray:
         """Which rows it holds for; null counts as false. The batch has `columns` at least. Raises JobError."""
         self._database.register("rows", batch)
-        found = [row for (row,) in self._ask(self._query, []).fetchall()]
+        found = self._ask(self._query, [])
         if len(found) != len(batch):
             raise JobError(f"{self._place}: a condition that gives one truth for each row, please")
-        return pa.array(found, pa.bool_())
+        return pa.concat_arrays(found.chunks) if found.num_chunks else pa.array([], pa.bool_())
 
-    def _ask(self, query: str, values: list[str]) -> Any:
+    def _ask(self, query: str, values: list[str]) -> pa.ChunkedArray:
+        """The one column of the answer, whole: a value may be found to be wrong when it is fetched."""
         try:
-            return self._database.execute(query, values)
+            return self._database.sql(query, params=values).to_arrow_table().column(0)
         except duckdb.Error as error:
             raise JobError(f"{self._place}: {str(error).splitlines()[0]}") from None
 

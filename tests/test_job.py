@@ -227,9 +227,6 @@ WRONG = [
 LATER = [
     ("sweep", {"model": ["a", "b"]}),
     ("score", {}),
-    ("input.where", "lang = 'en'"),
-    ("input.sample", 10),
-    ("request.body", "{{ body }}"),
     ("request.extra", {"top_k": 5}),
     ("request.tools", []),
     ("request.logprobs", True),
@@ -776,3 +773,44 @@ def test_no_job_file_breaks_the_reading(
         path.write_bytes(job.document())
         assert list(differences(load(path).meaning(), job.meaning())) == []
         msgspec.json.encode(job.meaning())
+
+
+# Whole requests
+
+BODY: Sections = {"input": {"path": "rows.jsonl"}, "request": {"body": "{{ body }}"}, "output": {"path": "out"}}
+BATCH: Sections = {"input": {"path": "in.jsonl", "format": "openai-batch"}, "output": {"path": "out"}}
+
+
+def test_a_body_is_a_whole_request(tmp_path: Path) -> None:
+    """Nothing but the endpoint stands beside it, and it is part of what the output is begun with."""
+    job = load(write(tmp_path, changed("request.endpoint", "completions", BODY)))
+    assert (job.request.endpoint, job.request.body, job.request.parameters) == ("completions", "{{ body }}", {})
+    assert job.meaning()["request.body"] == "{{ body }}"
+    assert "{{ body }}" in repr(job)
+
+
+def test_a_batch_file_needs_no_request(tmp_path: Path) -> None:
+    """Its rows say what is asked, where, and under which id; an id of the job goes before."""
+    job = load(write(tmp_path, BATCH))
+    assert (job.request.endpoint, job.request.body, job.input.id) == (None, "{{ body }}", "custom_id")
+    assert load(write(tmp_path, changed("input.id", "url", BATCH))).input.id == "url"
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "value", "said"),
+    [
+        (BODY, "request.model", "m", "request.model: body is a whole request; nothing is added to it"),
+        (BODY, "request.prompt", "{{ text }}", "request.prompt: body is a whole request"),
+        (BODY, "request.body", "{}", "request.body: a template such as \"{{ body }}\", not '{}'"),
+        (BODY, "request.body", {"model": "m"}, 'request.body: a template such as "{{ body }}"'),
+        (BATCH, "request.temperature", 0, "request.temperature: a batch file's rows are whole requests"),
+        (BATCH, "request.endpoint", "chat", "request.endpoint: in a batch file the url of each row names it"),
+        (SMALL, "input", {"path": "a", "sample": 3, "limit": 4}, "input: sample or limit, not both"),
+        (SMALL, "input", {"path": "a", "sample": 0}, "input.sample: a whole number from 1, not 0"),
+    ],
+)
+def test_what_nothing_is_added_to_stands_alone(
+    tmp_path: Path, sections: Sections, key: str, value: object, said: str
+) -> None:
+    """One line says which key, and why."""
+    assert said in refusal(write(tmp_path, changed(key, value, sections)))

@@ -11,7 +11,8 @@ import batcher
 ROOT = Path(batcher.__file__).parent
 
 FLOORS = (
-    {"errors", "killpoint", "records"},
+    {"bits", "errors", "killpoint"},
+    {"records"},
     {"store"},
     {"job"},
     {"dialects", "ledger", "parse", "prompt", "report", "retry", "schedule", "schema", "sink", "source", "where"},

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -643,3 +644,91 @@ def test_no_null_becomes_a_word(a: object, b: object, template: str) -> None:
         assert said.upper().count("NONE") == sum(
             text.upper().count("NONE") for text in (*printed(a), *([] if template == "{{ a }}" else printed(b)))
         )
+
+
+# Whole requests
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hällo"}], "max_tokens": 5, "n": 2, "own": {"a": None}}
+
+
+def forwarded(fields: Fields, template: str = "{{ body }}", **given: object) -> Request | Failure:
+    """What becomes of a row that holds its request whole."""
+    job = Job(input={"path": "rows.jsonl", **given}, request={"body": template}, output={"path": "out"})
+    return Composer(job.request, None, "job.toml").compose(Row(7, fields))
+
+
+@pytest.mark.parametrize("spaces", ["", "  "])
+def test_a_whole_request_is_sent_as_it_is(spaces: str) -> None:
+    """Bytes and text to the byte, an object as JSON; what the scheduler has to know is read out of it."""
+    text = spaces + json.dumps(CHAT | {"prompt_cache_key": "k"})
+    for value, sent in [
+        (msgspec.Raw(text.encode()), text.encode()),
+        (text, text.encode()),
+        (json.loads(text), msgspec.json.encode(json.loads(text))),
+    ]:
+        made = forwarded({"body": value})
+        assert isinstance(made, Request), made
+        assert made.body == sent
+        assert (made.model, made.endpoint, made.cache_key, made.output_tokens) == ("m", "chat", "k", 10)
+        assert made.prompt_tokens == len(msgspec.json.encode(CHAT["messages"])) // 4
+
+
+def test_a_text_around_columns_may_be_the_request() -> None:
+    """A template that is JSON once it is rendered is a request, too."""
+    made = forwarded(
+        {"text": 'a "b"'}, '{"model": "m", "messages": [{"role": "user", "content": {{ text | tojson }}}]}'
+    )
+    assert isinstance(made, Request), made
+    assert json.loads(made.body)["messages"][0]["content"] == 'a "b"'
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (None, "request.body: body is null"),
+        ("nonsense", "request.body: JSON is malformed"),
+        (b"\xff", "request.body: "),
+        ([1], "request.body: a request is a JSON object"),
+        ({"model": "m"}, "request.body: messages is missing"),
+        (CHAT | {"model": None}, "request.body: model is missing"),
+        (CHAT | {"stream": True}, "request.body: stream: answers are read whole here; take it out"),
+        (CHAT | {"temperature": 9}, "request.body: temperature: a number from 0 to 2, not 9"),
+        (CHAT | {"messages": [{}]}, "request.body: messages[0]: every message has a role"),
+        (CHAT | {"max_tokens": "many"}, "request.body: max_tokens: a whole number from 1"),
+    ],
+)
+def test_a_body_that_is_no_request_fails_its_row(body: object, said: str) -> None:
+    """What is wrong is said; what is null counts as not given, and what we do not know passes."""
+    made = forwarded({"body": msgspec.Raw(body) if isinstance(body, bytes) else body})
+    assert isinstance(made, Failure), made
+    assert made.kind is Kind.UNSENDABLE
+    assert made.message.startswith(said)
+    assert isinstance(forwarded({"body": CHAT | {"temperature": None, "stream": False, "logprobs": 3}}), Request)
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint"),
+    [
+        ("/v1/chat/completions", "chat"),
+        ("/chat/completions", "chat"),
+        ("/v1/completions", "completions"),
+        ("/completions", "completions"),
+    ],
+)
+def test_the_url_of_a_batch_file_picks_the_endpoint(url: str, endpoint: str) -> None:
+    """With or without the version before it."""
+    raw = msgspec.Raw(json.dumps({"prompt": "p", **CHAT}).encode())
+    made = forwarded({"custom_id": "a", "url": url, "body": raw}, format="openai-batch")
+    assert isinstance(made, Request), made
+    assert (made.endpoint, made.body) == (endpoint, bytes(raw))
+
+
+@pytest.mark.parametrize("url", ["/v1/embeddings", "/v1/responses", "", None, 3])
+def test_a_url_that_is_not_served_fails_its_row(url: object) -> None:
+    """And says which are."""
+    made = forwarded({"custom_id": "a", "url": url, "body": msgspec.Raw(b"{}")}, format="openai-batch")
+    assert isinstance(made, Failure), made
+    assert (made.kind, made.message) == (
+        Kind.UNSENDABLE,
+        f"url: /v1/chat/completions or /v1/completions, not {url!r}",
+    )

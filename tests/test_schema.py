@@ -85,6 +85,10 @@ def test_what_the_job_file_refuses_does_not_fit(key: str, value: object) -> None
         ({"model": "m", "prompt": "p", "response_format": {"schema": {"type": "object"}}}, True),
         ({"model": "m", "prompt": "p", "response_format": {"type": "json_object"}}, True),
         ({"model": "m", "prompt": "p", "endpoint": "completions", "max_tokens": 1}, True),
+        ({"body": "{{ body }}"}, True),
+        ({"body": "{{ body }}", "endpoint": "completions"}, True),
+        ({"body": "{{ body }}", "model": "m"}, False),
+        ({"body": {"model": "m"}}, False),
         ({"model": "m"}, False),
         ({"prompt": "p"}, False),
         ({"model": "m", "system": "s"}, False),
@@ -102,6 +106,25 @@ def test_what_the_job_file_refuses_does_not_fit(key: str, value: object) -> None
 def test_what_goes_together(request_: Sections, fits: bool) -> None:
     """Templates and files may stand for values; parameters that contradict each other do not fit."""
     assert CHECK.is_valid(changed("request", request_)) == fits
+
+
+@pytest.mark.parametrize(
+    ("given", "request_", "fits"),
+    [
+        ({"format": "openai-batch"}, None, True),
+        ({"format": "openai-batch"}, {"body": "{{ body }}"}, True),
+        ({"format": "openai-batch"}, {"endpoint": "chat"}, False),
+        ({"format": "openai-batch"}, {"model": "m", "prompt": "p"}, False),
+        ({"format": "csv"}, None, False),
+        ({"where": "a > 3", "limit": 5}, {"body": "{{ body }}"}, True),
+        ({"where": "a > 3", "sample": 5}, {"body": "{{ body }}"}, True),
+        ({"sample": 3, "limit": 5}, {"body": "{{ body }}"}, False),
+    ],
+)
+def test_what_goes_with_an_input(given: Sections, request_: Sections | None, fits: bool) -> None:
+    """A batch file needs no request; a sample and a limit exclude each other."""
+    document = {"input": {"path": "in", **given}, "output": {"path": "out"}}
+    assert CHECK.is_valid(document | ({} if request_ is None else {"request": request_})) == fits
 
 
 def test_every_key_says_what_it_is_for() -> None:

@@ -248,7 +248,7 @@ def test_a_bad_line_is_that_rows_problem(tmp_path: Path, text: bytes, problem: s
     assert "\n" not in bad.problem
     assert kept(source, ["n"]).to_pylist() == [
         {"n": 1, ALTERED: False},
-        {"n": None, ALTERED: False},
+        {"n": None, ALTERED: None},
         {"n": 2, ALTERED: False},
     ]
 

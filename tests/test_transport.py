@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import anyio
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,7 +104,7 @@ class Server:
 
     def url(self, scheme: str = "http") -> str:
         """The address of its endpoint."""
-        return f"{scheme}://127.0.0.1:{self.port}/v1/chat/completions"
+        return f"{scheme}://127.0.0.1:{self.port}/v1"
 
 
 @contextlib.asynccontextmanager
@@ -239,6 +240,19 @@ def test_a_request_arrives_as_it_is_and_its_answer_whole() -> None:
             "content-type: application/json",
             "x-cerebras-version-patch: 2",
         } <= set(lines)
+
+    anyio.run(run)
+
+
+def test_a_request_goes_to_its_endpoint() -> None:
+    """Chat and completions lie below one base address."""
+
+    async def run() -> None:
+        async with serving(saying(answer())) as server, transport_to(server.url()) as transport:
+            for endpoint in ("completions", "chat"):
+                await transport.send(msgspec.structs.replace(REQUEST, endpoint=endpoint))
+        lines = [request.split(b"\r\n")[0] for request in server.requests]
+        assert lines == [b"POST /v1/completions HTTP/1.1", b"POST /v1/chat/completions HTTP/1.1"]
 
     anyio.run(run)
 

@@ -2,5 +2,16 @@
 
 from batcher.engine.prepared import Prepared, prepare
 from batcher.engine.run import RARELY, run
+from batcher.engine.selection import LOOKED_AT, Selection, first_rows, refuse_unserved, select
 
-__all__ = ["RARELY", "Prepared", "prepare", "run"]
+__all__ = [
+    "LOOKED_AT",
+    "RARELY",
+    "Prepared",
+    "Selection",
+    "first_rows",
+    "prepare",
+    "refuse_unserved",
+    "run",
+    "select",
+]

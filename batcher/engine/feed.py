@@ -6,10 +6,13 @@ from datetime import UTC, datetime
 
 import msgspec
 
+from batcher import bits
+from batcher.engine import selection
 from batcher.engine.counts import Counts
 from batcher.engine.prepared import Prepared
 from batcher.engine.publish import Press
-from batcher.engine.threads import aside
+from batcher.engine.selection import LOOKED_AT, Selection, is_selective
+from batcher.engine.threads import abandonable, aside
 from batcher.engine.turns import Turns
 from batcher.errors import StorageError
 from batcher.ledger import Ledger, Progress
@@ -40,6 +43,8 @@ class Feed:
         self._now = asyncio.get_running_loop().time
         self._size = prepared.job.output.rows_per_part
         self._limit = prepared.job.input.limit
+        self._selection: Selection | None = None
+        self._beyond = 0
         self.ended = False
         """Whether every row that is left was offered."""
         self.total = self._source.total
@@ -50,9 +55,16 @@ class Feed:
     @property
     def selected(self) -> int | None:
         """How many rows the job is about, once that is known."""
+        if is_selective(self._prepared):
+            return self._selection.size if self._selection else None
         if self._limit is None or self.total is None:
             return self.total if self._limit is None else self._limit
         return min(self._limit, self.total)
+
+    @property
+    def total_in_output(self) -> int | None:
+        """How many rows the output has in the end: the selected ones, and others that earlier runs have done."""
+        return None if self.selected is None else self.selected + self._beyond
 
     def take_up(self) -> bool:
         """Learn what earlier runs have done; whether they had answers. Blocks while it reads the ledger.
@@ -66,15 +78,17 @@ class Feed:
                 self._check_files(record)
             if record.place is not None:
                 self._source.places[start] = Place(*record.place)
-            progress = self._ledger.progress(UNIT, max(start, record.settled), start + self._size)
+            progress = self._ledger.progress(UNIT, start, start + self._size)
             if progress.done or progress.tried:
                 self._progress[part] = progress
             # A part that was opened again stands half in its former self, half in the ledger.
-            failed = max(progress.failed, record.totals.failed)
-            self._counts.resume(record.settled - start + len(progress.done) - failed, failed)
+            done, failed = self._done(part).bit_count(), max(progress.failed, record.totals.failed)
+            self._counts.resume(done - failed, failed)
         counted = msgspec.json.decode(self._ledger.meta("counted") or b"null", type=tuple[int, int] | None)
         if self.total is None and counted is not None and counted[0] == len(self._source.identities):
             self.total = counted[1]
+        if self._limit is not None and not is_selective(self._prepared):
+            self._look_beyond()
         return self._counts.answered_rows > 0
 
     def _check_files(self, record: PartRecord) -> None:
@@ -102,37 +116,90 @@ class Feed:
             digests.append(digest)
             self._ledger.set_meta({"digests": msgspec.json.encode(digests)})
 
+    def _select(self) -> None:
+        """Find the rows that the job is about, or remember them from an earlier run. Blocks."""
+        basis = selection.basis(self._prepared)
+        if self._ledger.meta("selection_basis") == basis:
+            rows = bits.unpack(self._ledger.meta("selection") or b"")
+            self._selection = Selection(rows, rows.bit_count())
+        elif found := selection.select(self._prepared, lambda: self._turns.closed):
+            self._ledger.set_meta({"selection_basis": basis, "selection": bits.pack(found.rows)})
+            self._selection = found
+        else:
+            return
+        self._look_beyond()
+
+    def _look_ahead(self) -> None:
+        """Raise JobError when a request is not served: before anything is sent, if it is among the first. Blocks."""
+        most = LOOKED_AT if self._limit is None else min(LOOKED_AT, self._limit)
+        chosen = self._selection or Selection(bits.first(most), most)
+        selection.refuse_unserved(self._prepared, selection.first_rows(self._prepared, chosen, most))
+
+    def _look_beyond(self) -> None:
+        """Count what earlier runs have done of rows that are not selected now."""
+        self._beyond = sum((self._done(part) & ~self._wanted(part)).bit_count() for part in self._parts)
+
+    def _wanted(self, part: int) -> int:
+        """A range's selected rows as a set; as far as it is known where the input ends."""
+        start = part * self._size
+        if self._selection is not None:
+            return self._selection.part(start, start + self._size)
+        return bits.first(self._size if self.selected is None else min(self._size, self.selected - start))
+
+    def _done(self, part: int) -> int:
+        """A range's rows that are done, as a set."""
+        start, record, progress = part * self._size, self._parts.get(part), self._progress.get(part)
+        return (record.done(start) if record else 0) | (bits.of(progress.done, start) if progress else 0)
+
     async def work(self) -> None:
         """Offer what is left. Raises JobError when the input cannot be read on."""
+        if is_selective(self._prepared):
+            await abandonable(self._select)
+        if self._prepared.job.request.endpoint is None and not self._turns.closed:
+            await aside(self._look_ahead)
         reader: _Reader | None = None
-        part = 0
-        while not self._turns.closed:
+        part, recorded = 0, max(self._progress, default=0)
+        while not self._turns.closed and (part <= recorded or not self._beyond_all(part)):
             start = part * self._size
-            if self.selected is not None and start >= max(self.selected, 1):
-                break
-            stop = start + self._size if self._limit is None else min(start + self._size, self._limit)
-            record = self._parts.get(part)
-            if record is not None and record.settled >= min(stop, self.selected or stop):
-                reader = None
-            else:
+            record, progress = self._parts.get(part), self._progress.get(part)
+            left = self._wanted(part) & ~self._done(part)
+            # What was recorded and not published is published now, selected or not.
+            if left or (progress is not None and progress.done) or (record is None and not part and not self.selected):
                 if reader is None or reader.position != start:
                     reader = _Reader(self._source.batches(start, self._prepared.composer.names), start)
-                if not await self._feed(part, range(start, stop), record, reader):
+                if not await self._feed(part, self._stretch(part), record, left, reader):
                     break
             part += 1
         self.ended = True
 
-    async def _feed(self, part: int, rows: range, record: PartRecord | None, reader: "_Reader") -> bool:
-        """Offer one range's rows that are not done; false when the input or the run ends in it."""
-        opened = await self._press.begin(part, rows, record, self._dispatcher.window.ceiling)
+    def _beyond_all(self, part: int) -> bool:
+        """Whether a range begins after the last selected row."""
+        if self._selection is not None:
+            return part * self._size >= self._selection.rows.bit_length()
+        return self.selected is not None and part * self._size >= self.selected
+
+    def _stretch(self, part: int) -> range:
+        """A range's rows, to the limit: and further where rows beyond it have been done."""
+        start = part * self._size
+        if self._selection is not None or self._limit is None:
+            return range(start, start + self._size)
+        record = self._parts.get(part)
+        known = max(self._done(part).bit_length(), record.settled - start if record else 1)
+        return range(start, start + min(self._size, max(self._limit - start, known)))
+
+    async def _feed(self, part: int, rows: range, record: PartRecord | None, wanted: int, reader: "_Reader") -> bool:
+        """Offer these rows of one range; false when the input or the run ends in it."""
+        opened = await self._press.begin(part, rows, record, wanted.bit_count(), self._dispatcher.window.ceiling)
+        opened.done = self._done(part) | wanted
         progress = self._progress.pop(part, None) or Progress(frozenset(), 0, {})
         opened.changed = bool(progress.done)
         seen = rows.start
         async for batch in reader.until(rows.stop):
             if seen == rows.start:
                 self._note(part, rows, record)
+            some = bits.cut(wanted, seen - rows.start, seen - rows.start + len(batch))
             seen = batch[-1].position + 1
-            left = [row for row in batch if row.position >= opened.settled and row.position not in progress.done]
+            left = batch if some == bits.first(len(batch)) else [batch[index] for index in bits.rows(some)]
             opened.left += len(left)
             self._dispatcher.offer([turn for row in left if (turn := self._turn(row, progress.tried)) is not None])
             self._turns.wake()

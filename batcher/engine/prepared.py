@@ -18,6 +18,7 @@ from batcher.parse import AnswerSchema, format_schema
 from batcher.prompt import Composer
 from batcher.sink import Shape
 from batcher.source import FileIdentity, Source, changed, open_source, open_table
+from batcher.where import Condition
 
 _SECRET = re.compile(r"auth|key|token|secret|cookie|session|password", re.IGNORECASE)
 """Names of headers whose values are cut out of everything that comes back."""
@@ -28,10 +29,12 @@ class Prepared(NamedTuple):
 
     job: Job
     source: Source
+    condition: Condition | None
     composer: Composer
     dialect: Dialect
     parser: AnswerSchema | None
     url: str
+    """The service's base address."""
     headers: Mapping[str, str]
     key_env: str | None
     """The variable that holds the key; None where none is sent."""
@@ -88,9 +91,22 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
         if name is not None and name not in source.columns:
             raise JobError(f"{origin}: {section}: no column {name} in the input; its columns are {known}")
     source.schema(keep)
-    path = {"chat": "/chat/completions", "completions": "/completions"}[template.endpoint]
+    condition = None
+    if job.input.where is not None:
+        condition = Condition(job.input.where, source.schema(source.columns), f"{origin}: input.where")
     return Prepared(
-        job, source, composer, dialect, parser, base_url + path, headers, key_env, tuple(extra), secrets, keep
+        job,
+        source,
+        condition,
+        composer,
+        dialect,
+        parser,
+        base_url,
+        headers,
+        key_env,
+        tuple(extra),
+        secrets,
+        keep,
     )
 
 
@@ -166,7 +182,7 @@ def agree(ledger: Ledger, prepared: Prepared) -> Shape:
         source.types.update({field.name: field.type for field in kept})
     ledger.set_meta({"input": msgspec.json.encode(source.identities)})
     keep = _kept(job, kept.names)
-    several = job.request.parameters.get("n", 1) != 1
+    several = job.request.body is not None or job.request.parameters.get("n", 1) != 1
     return Shape(kept, job.input.id, keep, prepared.parser, several, job.output.raw)
 
 

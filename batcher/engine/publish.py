@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import anyio
 
+from batcher import bits
 from batcher.engine.attempt import reply
 from batcher.engine.prepared import Prepared
 from batcher.engine.threads import aside
@@ -20,15 +21,17 @@ OPEN_RANGES = 8
 
 
 class Range:
-    """One part in the making. Rows before `settled` stand in its former self and are no longer in the ledger."""
+    """One part in the making. `record` is what was known of it before: rows that stand in its former self alone."""
 
-    __slots__ = ("changed", "fed", "former", "left", "part", "rows", "settled")
+    __slots__ = ("changed", "done", "fed", "former", "left", "part", "record", "rows")
 
     def __init__(self, part: int, rows: range, record: PartRecord | None) -> None:
         self.part = part
         self.rows = rows
-        self.settled = record.settled if record else rows.start
+        self.record = record or PartRecord(rows.stop, rows.start)
         self.former = tuple(file.name for file in record.files) if record and record.settled > rows.start else ()
+        self.done = 0
+        """The set of rows that are done once nothing is left, counted from the range's start."""
         self.left = 0
         """Offered rows that are not done."""
         self.fed = False
@@ -64,9 +67,9 @@ class Press:
         self.full = False
         """Whether the feed waits because too many ranges are open."""
 
-    async def begin(self, part: int, rows: range, record: PartRecord | None, window: int) -> Range:
-        """Open a range, as soon as not too many are open."""
-        while len(self.open) >= OPEN_RANGES + 2 * window // len(rows) and not self._closed:
+    async def begin(self, part: int, rows: range, record: PartRecord | None, left: int, window: int) -> Range:
+        """Open a range in which so many rows are left, as soon as not too many are open."""
+        while len(self.open) >= OPEN_RANGES + 2 * window // max(1, left) and not self._closed:
             self._room.clear()
             self.full = True
             await self._room.wait()
@@ -155,7 +158,11 @@ class Press:
             opened.former,
             source.check,
         )
-        settled = rows.stop if complete else opened.settled
+        place, settled = source.places.get(rows.start), opened.record.settled
+        if complete:
+            done = bits.cut(opened.done, 0, len(rows))
+            some = None if done == bits.first(len(rows)) else bits.pack(done)
+            return PartRecord(rows.stop, rows.stop, place, totals, files, some)
         # An open range always has rows to come, even when it is not yet known where the input ends.
-        stop = rows.stop if complete else max(rows.stop, settled + 1)
-        return PartRecord(stop, settled, source.places.get(rows.start), totals, files)
+        stop = max(rows.stop, settled + 1)
+        return PartRecord(stop, settled, place, totals, files, opened.record.rows)

@@ -303,7 +303,7 @@ class _Run:
     def _snapshot(self) -> Snapshot:
         pressure, counts = self._dispatcher.pressure(), self._counts
         return Snapshot(
-            total=self._feed.selected,
+            total=self._feed.total_in_output,
             answered=counts.answered_rows,
             failed=counts.failed_rows,
             before=counts.before,
@@ -326,15 +326,16 @@ class _Run:
         totals = Totals()
         for record in self._ledger.parts(UNIT).values():
             totals.add(record.totals)
-        selected = self._feed.selected
-        if self._ending is None and selected is not None and totals.rows < selected:
-            self._ending = StorageError(f"{selected - totals.rows} rows have no outcome; run the same command again")
+        expected = self._feed.total_in_output
+        pending = None if expected is None else max(0, expected - totals.rows)
+        if self._ending is None and pending:
+            self._ending = StorageError(f"{pending} rows have no outcome; run the same command again")
         states = {InterruptedRunError: "interrupted", PausedError: "paused"}
         summary = Summary(
             name=self._prepared.job.name,
             state="complete" if self._ending is None else states.get(type(self._ending), "stopped"),
-            selected=selected,
-            pending=None if selected is None else max(0, selected - totals.rows),
+            selected=self._feed.selected,
+            pending=pending,
             totals=totals,
             started_at=self._started_at.isoformat(timespec="seconds"),
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),

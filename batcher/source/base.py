@@ -13,7 +13,8 @@ from batcher.source.files import File, FileIdentity
 from batcher.store import reading
 
 ALTERED = "__altered"
-"""The last column of `Source.kept`: true where a row's kept values are not exactly those of the input."""
+"""The last column of `Source.kept`: true where a row's kept values are not exactly those of the input, null where the
+row cannot be read."""
 
 BLOCK = 1 << 19
 STOP_EVERY = 16 << 20

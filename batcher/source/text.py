@@ -98,7 +98,7 @@ class TextSource(Source):
             return
         for rows in self._rows(start, stop, KEPT_ROWS):
             del rows[stop - rows[0].position :]
-            altered = [False] * len(rows)
+            altered = [None if row.problem else False for row in rows]
             arrays = [column([row.fields.get(field.name) for row in rows], field.type, altered) for field in types]
             yield pa.record_batch([*arrays, pa.array(altered, pa.bool_())], schema=schema)
             if rows[-1].position + 1 >= stop and stop % self._stride:

@@ -46,7 +46,7 @@ def _in_int64(value: object) -> bool:
     return type(value) is int and -(1 << 63) <= value < 1 << 63
 
 
-def column(values: list[object], kind: pa.DataType, altered: list[bool]) -> pa.Array:
+def column(values: list[object], kind: pa.DataType, altered: list[bool | None]) -> pa.Array:
     """JSON values as a column of this type; marks where one is not held exactly."""
     if set(map(type, values)) <= _EXACT.get(kind, set()):
         try:
