@@ -27,19 +27,21 @@ class Condition:
             raise JobError(f"{place}: not an SQL condition: {tree['error_message']}")
         used = {name.casefold() for name in _names(tree)}
         self.columns = tuple(name for name in schema.names if name.casefold() in used) or tuple(schema.names[:1])
-        self.mask(pa.RecordBatch.from_pylist([], schema))  # says what is wrong with names and types
+        # Says what is wrong with names and types; of columns that it does not need, DuckDB need not know the types.
+        self.mask(pa.RecordBatch.from_pylist([], pa.schema([schema.field(name) for name in self.columns])))
 
     def mask(self, batch: pa.RecordBatch) -> pa.BooleanArray:
         """Which rows it holds for; null counts as false. The batch has `columns` at least. Raises JobError."""
-        self._database.register("rows", batch)
-        found = self._ask(self._query, [])
+        found = self._ask(self._query, [], batch)
         if len(found) != len(batch):
             raise JobError(f"{self._place}: a condition that gives one truth for each row, please")
         return pa.concat_arrays(found.chunks) if found.num_chunks else pa.array([], pa.bool_())
 
-    def _ask(self, query: str, values: list[str]) -> pa.ChunkedArray:
+    def _ask(self, query: str, values: list[str], rows: pa.RecordBatch | None = None) -> pa.ChunkedArray:
         """The one column of the answer, whole: a value may be found to be wrong when it is fetched."""
         try:
+            if rows is not None:
+                self._database.register("rows", rows)
             return self._database.sql(query, params=values).to_arrow_table().column(0)
         except duckdb.Error as error:
             raise JobError(f"{self._place}: {str(error).splitlines()[0]}") from None

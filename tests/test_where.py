@@ -46,3 +46,19 @@ def test_what_is_no_condition_is_refused_in_one_line(sql: str, said: str) -> Non
     assert str(error.value).startswith("job.toml: input.where: ")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_columns_that_are_not_needed_may_be_of_any_type() -> None:
+    """DuckDB does not know every type of Arrow's: that is said of columns that the condition names alone."""
+    schema = pa.schema({"lang": pa.string(), "half": pa.float16()})
+    assert Condition("lang = 'en'", schema, "job.toml: input.where").columns == ("lang",)
+    with pytest.raises(JobError, match=r"input\.where: Not implemented Error"):
+        Condition("half > 1", schema, "job.toml: input.where")
+
+
+def test_a_value_that_cannot_be_cast_is_told_in_one_line() -> None:
+    """Wherever in a batch it stands."""
+    condition = Condition("lang::integer > 3", SCHEMA, "job.toml: input.where")
+    rows = pa.RecordBatch.from_pydict({"lang": ["4"] * 5000 + ["four"]})
+    with pytest.raises(JobError, match=r"^job\.toml: input\.where: Conversion Error: Could not convert string 'four'"):
+        condition.mask(rows)

@@ -51,6 +51,8 @@ class Feed:
         """The input's rows, once they are counted."""
         self._parts: dict[int, PartRecord] = {}
         self._progress: dict[int, Progress] = {}
+        self._done: dict[int, int] = {}
+        """By range, the set of rows that earlier runs have done."""
 
     @property
     def selected(self) -> int | None:
@@ -82,8 +84,9 @@ class Feed:
             if progress.done or progress.tried:
                 self._progress[part] = progress
             # A part that was opened again stands half in its former self, half in the ledger.
-            done, failed = self._done(part).bit_count(), max(progress.failed, record.totals.failed)
-            self._counts.resume(done - failed, failed)
+            failed = max(progress.failed, record.totals.failed)
+            self._done[part] = record.done(start) | bits.of(progress.done, start)
+            self._counts.resume(self._done[part].bit_count() - failed, failed)
         counted = msgspec.json.decode(self._ledger.meta("counted") or b"null", type=tuple[int, int] | None)
         if self.total is None and counted is not None and counted[0] == len(self._source.identities):
             self.total = counted[1]
@@ -137,7 +140,7 @@ class Feed:
 
     def _look_beyond(self) -> None:
         """Count what earlier runs have done of rows that are not selected now."""
-        self._beyond = sum((self._done(part) & ~self._wanted(part)).bit_count() for part in self._parts)
+        self._beyond = sum((done & ~self._wanted(part)).bit_count() for part, done in self._done.items())
 
     def _wanted(self, part: int) -> int:
         """A range's selected rows as a set; as far as it is known where the input ends."""
@@ -145,11 +148,6 @@ class Feed:
         if self._selection is not None:
             return self._selection.part(start, start + self._size)
         return bits.first(self._size if self.selected is None else min(self._size, self.selected - start))
-
-    def _done(self, part: int) -> int:
-        """A range's rows that are done, as a set."""
-        start, record, progress = part * self._size, self._parts.get(part), self._progress.get(part)
-        return (record.done(start) if record else 0) | (bits.of(progress.done, start) if progress else 0)
 
     async def work(self) -> None:
         """Offer what is left. Raises JobError when the input cannot be read on."""
@@ -162,7 +160,7 @@ class Feed:
         while not self._turns.closed and (part <= recorded or not self._beyond_all(part)):
             start = part * self._size
             record, progress = self._parts.get(part), self._progress.get(part)
-            left = self._wanted(part) & ~self._done(part)
+            left = self._wanted(part) & ~self._done.get(part, 0)
             # What was recorded and not published is published now, selected or not.
             if left or (progress is not None and progress.done) or (record is None and not part and not self.selected):
                 if reader is None or reader.position != start:
@@ -184,13 +182,13 @@ class Feed:
         if self._selection is not None or self._limit is None:
             return range(start, start + self._size)
         record = self._parts.get(part)
-        known = max(self._done(part).bit_length(), record.settled - start if record else 1)
+        known = max(self._done.get(part, 0).bit_length(), record.settled - start if record else 1)
         return range(start, start + min(self._size, max(self._limit - start, known)))
 
     async def _feed(self, part: int, rows: range, record: PartRecord | None, wanted: int, reader: "_Reader") -> bool:
         """Offer these rows of one range; false when the input or the run ends in it."""
         opened = await self._press.begin(part, rows, record, wanted.bit_count(), self._dispatcher.window.ceiling)
-        opened.done = self._done(part) | wanted
+        opened.done = self._done.get(part, 0) | wanted
         progress = self._progress.pop(part, None) or Progress(frozenset(), 0, {})
         opened.changed = bool(progress.done)
         seen = rows.start
