@@ -1,10 +1,14 @@
-"""`python -m benchmarks` asks every question; `overhead`, `latency` or `memory` after it asks one."""
+"""`python -m benchmarks` asks every question; one of their names after it asks that one."""
 
 import argparse
 
+from benchmarks.large import large
 from benchmarks.measure import Answer, machine, raise_open_files
 from benchmarks.memory import memory
 from benchmarks.overhead import latency, overhead
+from benchmarks.resume import resume
+
+QUESTIONS = ("overhead", "latency", "memory", "large", "resume")
 
 
 def show(answers: list[Answer]) -> None:
@@ -20,9 +24,10 @@ def show(answers: list[Answer]) -> None:
 def main() -> None:
     """Ask one question, or all."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("question", nargs="?", choices=["overhead", "latency", "memory"], help="all when absent")
+    parser.add_argument("question", nargs="?", choices=QUESTIONS, help="all when absent")
     parser.add_argument("--pairs", type=int, default=7, help="alternating runs of B1 and the engine (7)")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the large run of memory (1,000,000)")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of memory's and large's runs (1,000,000)")
+    parser.add_argument("--resumed", type=int, default=5_000_000, help="rows of the run that is resumed (5,000,000)")
     arguments = parser.parse_args()
     if arguments.pairs < 1 or arguments.rows < 1:
         parser.error("--pairs and --rows start at 1")
@@ -35,6 +40,10 @@ def main() -> None:
         answers += latency(min(arguments.pairs, 3), waves=60)
     if arguments.question in (None, "memory"):
         answers += memory(arguments.rows)
+    if arguments.question in (None, "large"):
+        answers += large(arguments.rows)
+    if arguments.question in (None, "resume"):
+        answers += resume(arguments.resumed, arguments.pairs)
     show(answers)
 
 

@@ -5,9 +5,12 @@ memory of its parent into a new process's peak.
 """
 
 import argparse
+import gzip
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Literal
 
 MODEL = "gpt-oss-120b"
 SYSTEM = "You label customer messages with care."
@@ -33,7 +36,22 @@ def texts(rows: int, length: int) -> Iterator[str]:
 
 
 def make(path: Path, rows: int, length: int) -> None:
-    """Write the engine's input: a Parquet file with the columns `id` (int64) and `text` (string)."""
+    """Write the engine's input, in the format of the suffix: the columns `id` (int64) and `text` (string)."""
+    if path.suffix == ".parquet":
+        make_parquet(path, rows, length)
+    else:
+        with opened(path, "wb") as file:
+            for number, said in enumerate(texts(rows, length)):
+                file.write(b'{"id": %d, "text": "%s"}\n' % (number, said.encode()))
+
+
+def opened(path: Path, mode: Literal["rb", "wb"] = "rb") -> IO[bytes]:
+    """A JSONL file, packed or not."""
+    return gzip.open(path, mode, compresslevel=6) if path.suffix == ".gz" else path.open(mode)  # type: ignore[return-value]
+
+
+def make_parquet(path: Path, rows: int, length: int) -> None:
+    """Write a Parquet file as pyarrow does when it is not told otherwise."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -53,6 +71,18 @@ def count(responses: Path) -> int:
     return int(pc.count_distinct(ds.dataset(responses, format="parquet").to_table(["row"])["row"]).as_py())
 
 
+def scan(path: Path) -> None:
+    """Read the column `id` once, as plainly as its format allows."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        pq.read_table(path, columns=["id"])
+    else:
+        with opened(path) as lines:
+            for line in lines:
+                json.loads(line)["id"]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -62,8 +92,12 @@ if __name__ == "__main__":
     making.add_argument("length", type=int)
     counting = commands.add_parser("count")
     counting.add_argument("responses", type=Path)
+    scanning = commands.add_parser("scan")
+    scanning.add_argument("path", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "make":
         make(arguments.path, arguments.rows, arguments.length)
-    else:
+    elif arguments.command == "count":
         print(count(arguments.responses))
+    else:
+        scan(arguments.path)
