@@ -93,7 +93,7 @@ def refuse_unserved(prepared: Prepared, rows: Iterable[Row]) -> None:
     """Raise JobError when one of these rows goes to an endpoint that is not served."""
     for row in rows:
         if wrong := prepared.composer.unserved(row):
-            raise JobError(f"{prepared.job.origin}: row {row.position}, counted from 0: {wrong}")
+            raise JobError(f"{prepared.job.origin}: input: {prepared.source.locate(row.position)}: {wrong}")
 
 
 def _of(rows: list[int]) -> Selection:

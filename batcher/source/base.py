@@ -69,6 +69,10 @@ class Source(ABC):
     def count(self, stopped: Callable[[], bool]) -> int | None:
         """Find `total`. None when `stopped()` came true on the way; it is asked about every 16 MiB."""
 
+    def locate(self, position: int) -> str:
+        """Where a row is to be found, for people."""
+        return f"row {position}, counted from 0"
+
     def check(self) -> None:
         """Raise JobError when a file is no longer the one that was opened."""
         for file, known in zip(self._files, self.identities, strict=True):

@@ -104,6 +104,19 @@ class TextSource(Source):
             if rows[-1].position + 1 >= stop and stop % self._stride:
                 return
 
+    def locate(self, position: int) -> str:
+        at, place = self._before(position)
+        for index in range(place.file, len(self._files)):
+            byte, start = (place.byte, place.line) if index == place.file else (0, 1)
+            for _, line, texts in self._records(index, byte, start):
+                for offset, text in enumerate(texts):
+                    if not self._solid(text):
+                        continue
+                    if at == position:
+                        return f"line {line + offset} of {self._files[index].name}"
+                    at += 1
+        return super().locate(position)
+
     def count(self, stopped: Callable[[], bool]) -> int | None:
         total = 0
         for index in range(len(self._files)):
