@@ -10,6 +10,8 @@ from batcher.records import Row
 from batcher.source.base import ALTERED, BATCH_BYTES, KEPT_ROWS, Source, no_column
 
 _ROWS = 2048
+_UNHELD = (ValueError, OverflowError, pa.ArrowException)
+"""What is raised for a value that is damaged, or that a type cannot hold."""
 
 
 class ColumnarSource(Source):
@@ -74,7 +76,7 @@ class ColumnarSource(Source):
                 if not self._built:
                     column.validate(full=True)
                 columns.append(_for_python(column).to_pylist())
-            except (ValueError, OverflowError, pa.ArrowException):
+            except _UNHELD:
                 columns.append(self._one_by_one(first, name, column, problems))
         rows = [
             Row(position, dict(zip(names, values, strict=True)))
@@ -93,7 +95,7 @@ class ColumnarSource(Source):
                 if not self._built:
                     one.validate(full=True)
                 values.append(_for_python(one)[0].as_py())
-            except (ValueError, OverflowError, pa.ArrowException) as error:
+            except _UNHELD as error:
                 where = self._origin(first + index)
                 problems[index] = f"{where}: column {name!r} cannot be read: {str(error).splitlines()[0]}"
                 values.append(None)
@@ -190,7 +192,7 @@ def _held(column: pa.Array, kind: pa.DataType, altered: list[bool]) -> pa.Array:
     try:
         column.validate(full=True)
         return cast(column, kind)
-    except (ValueError, OverflowError):
+    except _UNHELD:
         pass
     arrays: list[pa.Array] = []
     for index in range(len(column)):
@@ -198,7 +200,7 @@ def _held(column: pa.Array, kind: pa.DataType, altered: list[bool]) -> pa.Array:
         try:
             one.validate(full=True)
             arrays.append(cast(one, kind))
-        except (ValueError, OverflowError):
+        except _UNHELD:
             altered[index] = True
             arrays.append(pa.array([_mended(one)], kind))
     return pa.concat_arrays(arrays)
@@ -224,7 +226,7 @@ def _mended(text: pa.Array) -> str | None:
     try:
         text = text.cast(raw)
         text.validate(full=True)
-    except pa.ArrowInvalid:
+    except pa.ArrowException:
         return None
     mended: str = text[0].as_py().decode(errors="replace")
     return mended

@@ -44,16 +44,7 @@ class OpenaiBatch(TextSource):
             return f"is no request: its method is {found['method']!r:.40}, not 'POST'"
         if not isinstance(found.get("body"), dict):
             return f"is no request: its body is {_what(found, 'body')}, not an object"
-        try:
-            # Lone surrogates are JSON, and nothing but they can have stood in the way so far.
-            line = msgspec.json.decode(text, type=_Envelope)
-            return {"custom_id": found["custom_id"], "url": found["url"], "body": line.body}
-        except ValueError as error:
-            return f"is not JSON: {error}"
-
-
-class _Envelope(msgspec.Struct):
-    body: msgspec.Raw
+        return "holds a lone surrogate, which UTF-8 cannot carry"
 
 
 def _what(found: dict[str, object], name: str) -> str:
