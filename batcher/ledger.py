@@ -30,6 +30,9 @@ BUSY = 3000.0
 fewer do: a commit costs as much as 40 rows in it, which matters only when the processor is what is scarce."""
 RESERVE_BYTES = 16 << 20
 """Kept free for the answers that are still in flight when the disk fills up."""
+WORTH_BYTES = 1 << 20
+LITTLE_BYTES = 16 << 20
+"""A ledger that ends with at least so many bytes free gives them back, when it holds no more than so many others."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -52,6 +55,7 @@ CREATE TABLE IF NOT EXISTS timeline (
 """
 _FOLDS = ((3600, 60), (86400, 3600))
 """What lies back further than this many seconds is kept in spans of so many: an hour of seconds, a day of minutes."""
+_PAGES = ("page_size", "page_count", "freelist_count")
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs", "ncpfs"}
 _LOCAL_FUSE = {"fuseblk", "fuse.ext2", "fuse.ntfs", "fuse.exfat"}
 
@@ -265,9 +269,16 @@ class Ledger:
                 self._queue.append(self._batch())
             self._write()
             with suppress(sqlite3.Error):
+                self._shrink()
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._db.close()
         self._reserve.unlink(missing_ok=True)
+
+    def _shrink(self) -> None:
+        """Give back the space of answers that have gone to their parts, when what is left is little to copy."""
+        size, pages, free = (self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in _PAGES)
+        if size * (pages - free) <= LITTLE_BYTES and size * free >= WORTH_BYTES:
+            self._db.execute("VACUUM")
 
     def _judge_load(self) -> None:
         """Gather longer when more rows came than a process can well do since this was last asked."""

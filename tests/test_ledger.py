@@ -1,5 +1,6 @@
 """The ledger keeps what it was told, in order, once, whatever the disk and the next process do."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -295,6 +296,24 @@ def test_a_complete_part_drops_exactly_its_rows(start: int, length: int, complet
         left = [one for unit in (0, 1) for one in ledger.attempts(unit, 0, 12)]
         assert left == [one for one in everything if not (complete and one.unit == 0 and one.row in rows)]
         assert ledger.parts(0) == {3: record}
+
+
+def test_a_ledger_gives_back_the_space_of_answers_that_have_gone_to_their_part(tmp_path: Path) -> None:
+    """It does not stay as large as it once had to be, and keeps what is left to publish."""
+    path = tmp_path / "ledger.sqlite"
+    rows = [attempt(row, body=bytes(4096)) for row in range(1000)]
+    recorded(path, rows)
+    assert path.stat().st_size > 4 << 20
+
+    async def publish() -> None:
+        async with writing(path) as (ledger, _):
+            await asyncio.wrap_future(ledger.published(0, 0, PartRecord(stop=990, settled=990), range(990)))
+
+    anyio.run(publish)
+    assert path.stat().st_size < 1 << 20
+    with contextlib.closing(Ledger(path)) as ledger:
+        assert [kept.row for kept in ledger.attempts(0, 0, 1000)] == list(range(990, 1000))
+        assert list(ledger.parts(0)) == [0]
 
 
 def test_values_of_the_output_are_kept_together(tmp_path: Path) -> None:
