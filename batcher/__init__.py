@@ -7,7 +7,8 @@ speaks), `parse` (an answer's text to a typed value), `retry` (again, and when),
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import anyio
@@ -17,7 +18,7 @@ from batcher import engine, errors, simulator
 from batcher.job import SIMULATOR, Job, load
 from batcher.records import Snapshot, Summary
 
-__all__ = ["Job", "Result", "Snapshot", "Summary", "arun", "errors", "load", "run"]
+__all__ = ["Job", "Result", "Snapshot", "Summary", "aretry", "arun", "errors", "load", "retry", "run"]
 
 
 class Result:
@@ -60,8 +61,60 @@ def run(job: Job, *, input: object = None, watch: Callable[[Snapshot], None] | N
     `input` is a table or a DataFrame (pyarrow, pandas, Polars, DuckDB) for a job without `[input] path`. Raises
     batcher.errors.
     """
-    fast = importlib.util.find_spec("uvloop") is not None
-    return anyio.run(_arun, job, input, watch, True, backend_options={"use_uvloop": fast})
+    return anyio.run(_arun, job, input, watch, True, backend_options=_fast())
+
+
+async def aretry(
+    output: str | Path,
+    where: str | None = None,
+    settings: Sequence[str] = (),
+    *,
+    abandon: bool = False,
+    input: object = None,
+    watch: Callable[[Snapshot], None] | None = None,
+) -> Result:
+    """Like `retry`, on this event loop; cancelling it keeps all that is recorded. Raises batcher.errors."""
+    return await _aretry(Path(output), where, settings, abandon, input, watch, signals=False)
+
+
+def retry(
+    output: str | Path,
+    where: str | None = None,
+    settings: Sequence[str] = (),
+    *,
+    abandon: bool = False,
+    input: object = None,
+    watch: Callable[[Snapshot], None] | None = None,
+) -> Result:
+    """Ask the failed rows of an output again, or those for which the SQL condition `where` holds.
+
+    `settings` are `section.key=value` changes for these rows. A retry that was interrupted goes on when it is called
+    again; `abandon` ends it instead. `input` is the table that the rows came from, if they did. `watch` is never called
+    where there is no such row. Raises batcher.errors.
+    """
+    return anyio.run(_aretry, Path(output), where, settings, abandon, input, watch, True, backend_options=_fast())
+
+
+async def _aretry(
+    output: Path,
+    where: str | None,
+    settings: Sequence[str],
+    abandon: bool,
+    table: object,
+    watch: Callable[[Snapshot], None] | None,
+    signals: bool,
+) -> Result:
+    with ExitStack() as stack:
+        retrial = stack.enter_context(engine.reopened(output, where, settings))
+        url = None
+        if retrial.job.service.base_url == SIMULATOR:
+            url = stack.enter_context(simulator.running(simulator.Settings())).url
+        summary = await engine.retry(retrial, abandon=abandon, base_url=url, table=table, watch=watch, signals=signals)
+    return Result(retrial.job.output_folder, summary)
+
+
+def _fast() -> dict[str, bool]:
+    return {"use_uvloop": importlib.util.find_spec("uvloop") is not None}
 
 
 async def _arun(job: Job, table: object, watch: Callable[[Snapshot], None] | None, signals: bool) -> Result:

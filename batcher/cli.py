@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from io import TextIOWrapper
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from batcher.errors import BatcherError, JobError, StorageError
+from batcher.records import Snapshot
 from batcher.report import Log, Progress, count, failure_lines, printable, render, status_text
 
 if TYPE_CHECKING:
+    from batcher import Result
     from batcher.job import Job
 
 # What only one command needs is imported there: starting up is a part of every command's time.
@@ -120,13 +122,24 @@ def _run(job: "Job", quiet: bool, log: Log | None) -> None:
     """Run a job, tell how it goes and what it left. Ends with typer.Exit where rows have failed."""
     import batcher
 
-    summary = job.output_folder / "summary.json"
-    before = _stamp(summary)
     if log:
         log.tell("started", {"name": job.name, "output": str(job.output_folder), "pid": os.getpid()})
-    watcher = None if quiet else log or Progress(job.name)
+    _watched(job.name, job.output_folder, quiet, log, lambda watch: batcher.run(job, watch=watch))
+
+
+def _watched(
+    name: str,
+    output: Path,
+    quiet: bool,
+    log: Log | None,
+    go: Callable[[Callable[[Snapshot], None] | None], "Result"],
+) -> None:
+    """Tell how a run goes and what it left. Ends with typer.Exit where rows have failed."""
+    summary = output / "summary.json"
+    before = _stamp(summary)
+    watcher = None if quiet else log or Progress(name)
     try:
-        result = batcher.run(job, watch=watcher.show if watcher else None)
+        result = go(watcher.show if watcher else None)
     finally:
         if watcher:
             watcher.close()
@@ -187,6 +200,62 @@ def status(
 
 
 @app.command()
+def retry(
+    output: _Output,
+    where: Annotated[
+        str | None,
+        typer.Option(metavar="SQL", help="Ask the rows for which this holds, such as \"finish_reason = 'length'\"."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Ask these rows otherwise; may be repeated."),
+    ] = None,
+    abandon: Annotated[
+        bool,
+        typer.Option("--abandon", help="End an interrupted retry: rows not asked yet keep what they have."),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    log_format: _LogFormat = LogFormat.TEXT,
+) -> None:
+    """Ask failed rows again, or those that --where picks; or go on with a retry that was interrupted.
+
+    SQL may name the columns of responses and of failures; one that only the other has is null. An answer is replaced by
+    a new answer, never by a failure.
+    """
+    import batcher
+
+    log = Log() if log_format is LogFormat.JSON else None
+
+    def go(watch: Callable[[Snapshot], None] | None) -> "Result":
+        asked: list[int] = []
+
+        def first(snapshot: Snapshot) -> None:
+            if not asked:
+                asked.append(snapshot.total or 0)
+                _tell_asked(snapshot, output, log)
+            if watch:
+                watch(snapshot)
+
+        result = batcher.retry(output, where, settings or (), abandon=abandon, watch=first)
+        if not asked and log is None:
+            _say("no row is asked again: " + ("none has failed" if where is None else "--where holds for none"))
+        return result
+
+    with _telling(log):
+        _watched(output.resolve().name, output, quiet, log, go)
+
+
+def _tell_asked(snapshot: Snapshot, output: Path, log: Log | None) -> None:
+    """Say how many rows a retry asks, before it does."""
+    if log:
+        fields = {"output": str(output.resolve()), "pid": os.getpid(), "rows": snapshot.total}
+        log.tell("started", fields)
+    else:
+        done = f", {count(snapshot.before)} of them done before" if snapshot.before else ""
+        _say(f"{count(snapshot.total or 0)} rows are asked again{done}")
+
+
+@app.command()
 def verify(output: _Output) -> None:
     """Recount an output: every row exactly once, files intact, sums equal the summary."""
     from batcher.verify import verify as recount
@@ -198,7 +267,9 @@ def verify(output: _Output) -> None:
     counted = f"{output}: {count(totals.answered)} rows answered, {count(totals.failed)} failed"
     if verdict.problems:
         raise StorageError(f"{counted}; problems found: {count(len(verdict.problems))}")
-    if verdict.pending is None:
+    if verdict.again:
+        counted += f"; {count(verdict.again)} are being asked again: batcher retry {output} goes on with it"
+    elif verdict.pending is None:
         counted += "; the last run did not come to its end: run the job again"
     else:
         counted += f", {count(verdict.pending)} pending"

@@ -1,5 +1,6 @@
 """The job file: typed, validated before anything is sent, and fingerprinted."""
 
+import copy
 import difflib
 import os
 import re
@@ -150,10 +151,14 @@ _SECTIONS: dict[str, type[Struct]] = {
 class Job:
     """What is to be done: the sections of a job file, checked.
 
-    `folder` is what relative paths start from. Raises JobError naming the key and what is allowed.
+    `folder` is what relative paths start from. `texts` are the prompt and schema files by the names that the job gives
+    them; those that are handed over are not read. Raises JobError naming the key and what is allowed.
     """
 
-    __slots__ = ("_sections", "folder", "input", "name", "origin", "output", "request", "retry", "schedule", "service")
+    __slots__ = (
+        *("_sections", "folder", "input", "name", "origin", "output", "request", "retry", "schedule", "service"),
+        "texts",
+    )
 
     def __init__(
         self,
@@ -167,6 +172,7 @@ class Job:
         retry: Mapping[str, object] | None = None,
         folder: str | Path = ".",
         origin: str = "job",
+        texts: Mapping[str, str] | None = None,
     ) -> None:
         if not isinstance(name, str) or not name:
             raise JobError(f"{origin}: name: a text that is not empty, please")
@@ -204,7 +210,8 @@ class Job:
         self.schedule: Schedule = _section(Schedule, "schedule", sections["schedule"], origin)
         self.retry: Retry = _section(Retry, "retry", sections["retry"], origin)
         self.output: Output = _section(Output, "output", sections["output"], origin)
-        self.request = _request(sections["request"], batch, self.folder, origin)
+        self.texts = dict(texts or {})
+        self.request = _request(sections["request"], batch, self.folder, origin, self.texts)
         inputs = [self.input.path] if isinstance(self.input.path, str) else self.input.path or []
         places = [("input.path", place) for place in inputs]
         places += [("output.path", self.output.path), ("output.ledger", self.output.ledger or "")]
@@ -244,6 +251,26 @@ class Job:
             document["output"] = {**self._sections["output"], "ledger": str(self.ledger_path)}
         return msgspec.toml.encode(document)
 
+    def changed(self, settings: Sequence[str]) -> "Job":
+        """The same job for some rows that are asked again otherwise: `section.key=value`, never of input and output.
+
+        The files that these settings name are read now; all others are what they were.
+        """
+        sections = copy.deepcopy(self._sections)
+        texts = dict(self.texts)
+        for setting in settings:
+            section, *keys = _override(sections, setting)
+            if section not in ("request", "service", "schedule", "retry"):
+                raise JobError(
+                    f"--set {_word(setting)}: a retry may change [request], [service], [schedule] and [retry] only"
+                )
+            if section == "request":
+                value = _with_files(sections[section][keys[0]], self.folder, f"{self.origin}: request.{keys[0]}", {})
+                sections[section][keys[0]] = value
+                if isinstance(value, dict) and isinstance(value.get("schema"), str):
+                    texts.pop(value["schema"], None)
+        return from_document({"name": self.name, **sections}, self.folder, self.origin, texts)
+
     def meaning(self) -> dict[str, object]:
         """What may not change between the runs of one output, by dotted key, as JSON-able values."""
         parameters = {f"request.{name}": value for name, value in self.request.parameters.items()}
@@ -266,9 +293,17 @@ class Job:
 def load(path: str | Path, settings: Sequence[str] = ()) -> Job:
     """Read a job file. `settings` are `section.key=value` overrides, the value in TOML or a bare text."""
     path = Path(path)
+    document = read_document(path)
+    for setting in settings:
+        _override(document, setting)
+    return from_document(document, path.absolute().parent, path.name)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The tables of a job file, not checked yet."""
     origin = path.name
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise JobError(f"{path}: no such job file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -277,17 +312,21 @@ def load(path: str | Path, settings: Sequence[str] = ()) -> Job:
         raise JobError(f"{origin}: not valid TOML: {error}") from None
     except RecursionError:
         raise JobError(f"{origin}: nested too deeply") from None
-    for setting in settings:
-        _override(document, setting)
+
+
+def from_document(
+    document: Mapping[str, Any], folder: Path, origin: str, texts: Mapping[str, str] | None = None
+) -> Job:
+    """The job that a file's tables describe."""
     top = ("name", "request", *_SECTIONS)
     for key in document:
         if key in _LATER[""]:
             raise JobError(f"{origin}: [{key}] is not supported yet")
         if key not in top:
             raise _unknown("", key, top, origin)
-    given: dict[str, Any] = dict.fromkeys(("request", "output")) | document
+    given: dict[str, Any] = dict.fromkeys(("request", "output")) | dict(document)
     try:
-        return Job(**given, folder=path.absolute().parent, origin=origin)
+        return Job(**given, folder=folder, origin=origin, texts=texts)
     except RecursionError:
         raise JobError(f"{origin}: nested too deeply") from None
 
@@ -411,7 +450,9 @@ def _is_near(host: str) -> bool:
         return "." not in host or host.endswith((".local", ".internal", ".localhost"))
 
 
-def _request(given: Mapping[str, object], batch: bool, folder: Path, origin: str) -> RequestTemplate:
+def _request(
+    given: Mapping[str, object], batch: bool, folder: Path, origin: str, texts: dict[str, str]
+) -> RequestTemplate:
     """The `[request]` section; `batch` says that the rows have the columns of an OpenAI batch file."""
     endpoint = given.get("endpoint", "chat")
     if endpoint not in ("chat", "completions"):
@@ -425,8 +466,8 @@ def _request(given: Mapping[str, object], batch: bool, folder: Path, origin: str
                 raise JobError(f"{origin}: request.{key}: not with endpoint = {_shown(endpoint)}")
             raise _unknown("request", key, {*known, *_SHORTHANDS} if chat else {*known, "endpoint", "body"}, origin)
     if "body" in given:
-        return _whole_request(given, batch, folder, origin)
-    values = {key: _with_files(value, folder, f"{origin}: request.{key}") for key, value in given.items()}
+        return _whole_request(given, batch, folder, origin, texts)
+    values = {key: _with_files(value, folder, f"{origin}: request.{key}", texts) for key, value in given.items()}
     values.pop("endpoint", None)
     if "max_tokens" in values and "max_completion_tokens" in values:
         raise JobError(f"{origin}: request: max_tokens or max_completion_tokens, not both")
@@ -437,7 +478,7 @@ def _request(given: Mapping[str, object], batch: bool, folder: Path, origin: str
     if isinstance(wanted, dict) and "schema" in wanted:
         if set(wanted) != {"schema"}:
             raise JobError(f"{origin}: request.response_format: schema stands alone, or give the API's own object")
-        schema, schema_name = _schema(wanted["schema"], folder, f"{origin}: request.response_format.schema")
+        schema, schema_name = _schema(wanted["schema"], folder, f"{origin}: request.response_format.schema", texts)
         del values["response_format"]
 
     if chat:
@@ -462,7 +503,9 @@ def _request(given: Mapping[str, object], batch: bool, folder: Path, origin: str
     return RequestTemplate(endpoint=endpoint, parameters=values, schema=schema, schema_name=schema_name)
 
 
-def _whole_request(given: Mapping[str, object], batch: bool, folder: Path, origin: str) -> RequestTemplate:
+def _whole_request(
+    given: Mapping[str, object], batch: bool, folder: Path, origin: str, texts: dict[str, str]
+) -> RequestTemplate:
     """A `[request]` section with `body`, beside which nothing stands but `endpoint`."""
     for key in given:
         if key == "endpoint" and batch:
@@ -470,36 +513,40 @@ def _whole_request(given: Mapping[str, object], batch: bool, folder: Path, origi
         if key not in ("endpoint", "body"):
             why = "a batch file's rows are whole requests" if batch else "body is a whole request"
             raise JobError(f"{origin}: request.{key}: {why}; nothing is added to it")
-    body = _with_files(given["body"], folder, f"{origin}: request.body")
+    body = _with_files(given["body"], folder, f"{origin}: request.body", texts)
     if not isinstance(body, str) or not is_template(body):
         raise JobError(f'{origin}: request.body: a template such as "{{{{ body }}}}", not {_shown(body)}')
     endpoint: Any = None if batch else given.get("endpoint", "chat")
     return RequestTemplate(endpoint=endpoint, parameters={}, body=body)
 
 
-def _with_files(value: object, folder: Path, where: str) -> object:
-    """The value with every `{ file = "…" }` replaced by that file's text."""
+def _with_files(value: object, folder: Path, where: str, texts: dict[str, str]) -> object:
+    """The value with every `{ file = "…" }` replaced by that file's text; what was read stands in `texts`."""
     match value:
         case {"file": str(name), **rest} if not rest:
             try:
-                return (folder / name).read_text(encoding="utf-8-sig").rstrip("\n")
+                if name not in texts:
+                    texts[name] = (folder / name).read_text(encoding="utf-8-sig")
+                return texts[name].rstrip("\n")
             except (OSError, ValueError) as error:
                 raise JobError(f"{where}: {_word(name)} cannot be read: {_reason(error)}") from None
         case dict():
-            return {key: _with_files(inner, folder, where) for key, inner in value.items()}
+            return {key: _with_files(inner, folder, where, texts) for key, inner in value.items()}
         case list():
-            return [_with_files(inner, folder, where) for inner in value]
+            return [_with_files(inner, folder, where, texts) for inner in value]
         case _:
             return value
 
 
-def _schema(given: object, folder: Path, where: str) -> tuple[dict[str, object], str]:
+def _schema(given: object, folder: Path, where: str, texts: dict[str, str]) -> tuple[dict[str, object], str]:
     if isinstance(given, dict):
         return given, str(given.get("title", "answer"))
     if not isinstance(given, str):
         raise JobError(f"{where}: a file name or a table, not {_shown(given)}")
     try:
-        schema = msgspec.json.decode((folder / given).read_bytes())
+        if given not in texts:
+            texts[given] = (folder / given).read_text(encoding="utf-8")
+        schema = msgspec.json.decode(texts[given])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise JobError(f"{where}: {_word(given)} is not JSON: {error}") from None
     except (OSError, ValueError) as error:
@@ -516,7 +563,8 @@ def _refuse_later(section: str, key: str, value: object, origin: str) -> None:
         raise JobError(f"{origin}: {section}.{key} = {_shown(value)} is not supported yet")
 
 
-def _override(document: dict[str, Any], setting: str) -> None:
+def _override(document: dict[str, Any], setting: str) -> list[str]:
+    """Change one key of a job's tables; where it stands, from its section on."""
     key, equals, text = setting.partition("=")
     *sections, name = key.strip().split(".")
     if not equals or not name or len(sections) > 2:
@@ -530,6 +578,7 @@ def _override(document: dict[str, Any], setting: str) -> None:
         if not isinstance(document, dict):
             raise JobError(f"--set {_word(setting)}: {section} is not a section")
     document[name] = value
+    return [*sections, name]
 
 
 def _unknown(section: str, key: str, known: Iterable[str], origin: str) -> JobError:

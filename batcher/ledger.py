@@ -9,7 +9,7 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -20,7 +20,7 @@ import msgspec
 
 from batcher.errors import OutputInUseError, StorageError
 from batcher.killpoint import killpoint
-from batcher.records import Attempt, Kind, Note, Outcome, PartRecord, Second
+from batcher.records import Attempt, Former, Kind, Note, Outcome, PartRecord, Retried, Second
 
 FORMAT = 1
 GATHER = 0.008
@@ -52,6 +52,16 @@ CREATE TABLE IF NOT EXISTS timeline (
     prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost_usd REAL,
     binds TEXT NOT NULL, held TEXT NOT NULL, buckets TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS retries (
+    number INTEGER PRIMARY KEY, started_at TEXT NOT NULL, finished_at TEXT,
+    condition TEXT, settings BLOB NOT NULL, rows INTEGER NOT NULL, answered INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS again (
+    unit INTEGER NOT NULL, row INTEGER NOT NULL,
+    answered INTEGER NOT NULL, attempts INTEGER NOT NULL, started_at INTEGER NOT NULL,
+    billed_prompt_tokens INTEGER, billed_completion_tokens INTEGER, cost_usd REAL,
+    PRIMARY KEY (unit, row)
+) WITHOUT ROWID;
 """
 _FOLDS = ((3600, 60), (86400, 3600))
 """What lies back further than this many seconds is kept in spans of so many: an hour of seconds, a day of minutes."""
@@ -173,6 +183,101 @@ class Ledger:
             ):
                 yield _decode_attempt(record)
 
+    def pending(self, unit: int) -> bool:
+        """Whether some row of a range that was opened has no published outcome yet."""
+        with self._open() as db:
+            if db.execute("SELECT 1 FROM attempts WHERE unit = ? LIMIT 1", (unit,)).fetchone() is not None:
+                return True
+            return any(not record.complete for _, record in parts_of(db, unit))
+
+    # Rows that are asked again
+
+    def retries(self) -> tuple[Retried, ...]:
+        """All retries of this output, in order; one that is under way is the last."""
+        with self._open() as db:
+            return tuple(
+                Retried(
+                    started_at=started_at,
+                    finished_at=finished_at,
+                    where=condition,
+                    settings=msgspec.json.decode(settings, type=tuple[str, ...]),
+                    rows=rows,
+                    answered=answered,
+                )
+                for started_at, finished_at, condition, settings, rows, answered in db.execute(
+                    "SELECT started_at, finished_at, condition, settings, rows, answered FROM retries ORDER BY number"
+                )
+            )
+
+    def begin_retry(self, retry: Retried, unit: int, chosen: Iterable[tuple[int, Former]]) -> int:
+        """Note a retry and its rows, all or nothing; how many there are, and without any there is no retry.
+
+        Durable when this returns. What `chosen` raises leaves nothing behind.
+        """
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            added = db.executemany(
+                "INSERT INTO again VALUES (?, ?, ?, ?, ?, ?, ?, ?)", ((unit, row, *former) for row, former in chosen)
+            ).rowcount
+            rows = max(0, added)
+            if rows:
+                db.execute(
+                    "INSERT INTO retries (started_at, condition, settings, rows, answered) VALUES (?, ?, ?, ?, 0)",
+                    (retry.started_at, retry.where, msgspec.json.encode(retry.settings), rows),
+                )
+            killpoint("retry.inside")
+            db.execute("COMMIT")
+            killpoint("retry.begun")
+        return rows
+
+    def again(self, unit: int, start: int, stop: int) -> dict[int, Former]:
+        """The rows of [start, stop) that a retry asks again, and what they had come to before."""
+        with self._open() as db:
+            return {
+                row: Former(bool(answered), *others)
+                for row, answered, *others in db.execute(
+                    "SELECT row, answered, attempts, started_at, billed_prompt_tokens, billed_completion_tokens,"
+                    " cost_usd FROM again WHERE unit = ? AND row >= ? AND row < ?",
+                    (unit, start, stop),
+                )
+            }
+
+    def parts_again(self, unit: int, size: int) -> tuple[list[int], int]:
+        """Ranges of `size` rows that a retry has not published yet, and how many rows of theirs are asked again."""
+        with self._open() as db:
+            parts = db.execute(
+                "SELECT row / ? FROM again WHERE unit = ? UNION SELECT row / ? FROM attempts WHERE unit = ? ORDER BY 1",
+                (size, unit, size, unit),
+            ).fetchall()
+            (rows,) = db.execute("SELECT count(*) FROM again WHERE unit = ?", (unit,)).fetchone()
+        return [part for (part,) in parts], rows
+
+    def abandon(self, unit: int) -> None:
+        """Let rows that a retry has not asked yet be what they were; those that it has tried have failed."""
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            spared = db.execute(
+                "DELETE FROM again WHERE unit = ? AND NOT EXISTS"
+                " (SELECT 1 FROM attempts WHERE attempts.unit = again.unit AND attempts.row = again.row)",
+                (unit,),
+            ).rowcount
+            db.execute("UPDATE retries SET rows = rows - ? WHERE finished_at IS NULL", (spared,))
+            tried = db.execute(
+                "SELECT record FROM attempts AS last WHERE unit = ? AND outcome = ? AND attempt ="
+                " (SELECT max(attempt) FROM attempts WHERE unit = last.unit AND row = last.row)",
+                (unit, Outcome.AGAIN),
+            ).fetchall()
+            last = [msgspec.structs.replace(_decode_attempt(record), outcome=Outcome.FAILED) for (record,) in tried]
+            _put_attempts(db, last)
+            db.execute("COMMIT")
+
+    def end_retry(self, finished_at: str) -> None:
+        """Note that the retry which is under way has ended, if one is, and give its space back."""
+        with self._open() as db:
+            if db.execute("UPDATE retries SET finished_at = ? WHERE finished_at IS NULL", (finished_at,)).rowcount:
+                with suppress(sqlite3.Error):  # a disk too full to make the file smaller
+                    db.execute("VACUUM")
+
     # Writing
 
     def start(
@@ -230,9 +335,14 @@ class Ledger:
         def write(db: sqlite3.Connection) -> None:
             _put_part(db, unit, part, record)
             if rows is not None:
+                range_of = (unit, rows.start, rows.stop)
                 db.execute(
-                    "DELETE FROM attempts WHERE unit = ? AND row >= ? AND row < ?", (unit, rows.start, rows.stop)
+                    "UPDATE retries SET answered = answered + (SELECT count(*) FROM attempts"
+                    " WHERE unit = ? AND row >= ? AND row < ? AND outcome = ?) WHERE finished_at IS NULL",
+                    (*range_of, Outcome.ANSWERED),
                 )
+                for table in ("attempts", "again"):
+                    db.execute(f"DELETE FROM {table} WHERE unit = ? AND row >= ? AND row < ?", range_of)
 
         done: Future[None] = Future()
         self._put(_Write(write, done))
@@ -335,10 +445,7 @@ class Ledger:
                 db.execute("BEGIN IMMEDIATE")
                 for item in work:
                     if isinstance(item, _Batch):
-                        db.executemany(
-                            "INSERT OR REPLACE INTO attempts VALUES (?, ?, ?, ?, ?, ?)",
-                            [(a.unit, a.row, a.attempt, a.outcome, a.kind, _encode_attempt(a)) for a in item.attempts],
-                        )
+                        _put_attempts(db, item.attempts)
                     else:
                         item.write(db)
                 killpoint("commit.inside")
@@ -437,9 +544,14 @@ def done_rows(ledger: sqlite3.Connection, unit: int, start: int, stop: int) -> l
 
 
 def done_by_part(ledger: sqlite3.Connection, unit: int, size: int) -> dict[int, tuple[int, int]]:
-    """By part of so many rows: how many have an outcome that the ledger still holds, and how many of them failed."""
+    """By part of so many rows: how many have an outcome that the ledger still holds, and how many of them failed.
+
+    Rows that are asked again are not among them: they stand in their parts all the time.
+    """
     counted = ledger.execute(
-        "SELECT row / ?, count(*), sum(outcome = ?) FROM attempts WHERE unit = ? AND outcome IN (?, ?) GROUP BY 1",
+        "SELECT row / ?, count(*), sum(outcome = ?) FROM attempts WHERE unit = ? AND outcome IN (?, ?)"
+        " AND NOT EXISTS (SELECT 1 FROM again WHERE again.unit = attempts.unit AND again.row = attempts.row)"
+        " GROUP BY 1",
         (size, Outcome.FAILED, unit, Outcome.ANSWERED, Outcome.FAILED),
     )
     return {part: (done, failed) for part, done, failed in counted}
@@ -463,6 +575,13 @@ class _Write:
     def __init__(self, write: Callable[[sqlite3.Connection], None], done: "Future[None]") -> None:
         self.write = write
         self.done = done
+
+
+def _put_attempts(db: sqlite3.Connection, attempts: Sequence[Attempt]) -> None:
+    db.executemany(
+        "INSERT OR REPLACE INTO attempts VALUES (?, ?, ?, ?, ?, ?)",
+        [(a.unit, a.row, a.attempt, a.outcome, a.kind, _encode_attempt(a)) for a in attempts],
+    )
 
 
 def _put_part(db: sqlite3.Connection, unit: int, part: int, record: PartRecord) -> None:

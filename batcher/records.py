@@ -275,6 +275,29 @@ class Totals(msgspec.Struct, kw_only=True):
                 setattr(self, name, theirs if mine is None else mine + theirs)
 
 
+class Former(NamedTuple):
+    """What a row that is asked again had come to before; `started_at` is UTC, microseconds."""
+
+    answered: bool
+    attempts: int
+    started_at: int
+    billed_prompt_tokens: int | None
+    billed_completion_tokens: int | None
+    cost_usd: float | None
+
+
+class Retried(msgspec.Struct, kw_only=True):
+    """One retry of an output: which rows were asked again, with what changes, and how many got an answer."""
+
+    started_at: str
+    finished_at: str | None = None
+    """None while it is under way."""
+    where: str | None
+    settings: tuple[str, ...]
+    rows: int = 0
+    answered: int = 0
+
+
 class FileRecord(msgspec.Struct, frozen=True):
     """A published file: its name below the output, and what it must look like."""
 
@@ -407,6 +430,7 @@ class Summary(msgspec.Struct, kw_only=True):
     """This run's, as are the requests it sent."""
     requests: int
     version: str
+    retries: tuple[Retried, ...] = ()
 
 
 class Status(msgspec.Struct, kw_only=True):

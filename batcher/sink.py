@@ -2,11 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 
 from batcher.errors import StorageError
 from batcher.killpoint import killpoint
-from batcher.records import Answer, Attempt, Failure, FileRecord, Outcome, Totals, Usage
+from batcher.records import Answer, Attempt, Failure, FileRecord, Former, Outcome, Totals, Usage
 
 ROW_GROUP_ROWS = 8192
 ROW_GROUP_BYTES = 16 << 20
@@ -105,6 +106,10 @@ NAMES = {
     *(name for name, _ in (*_TEXT, *_ANSWER, *_FAILURE)),
 }
 """Every column name that is ours, now or in a later version of a job: kept columns give way to them."""
+
+
+_NEW = Former(False, 0, 0, 0, 0, 0.0)
+_NONE_AGAIN: Mapping[int, Former] = MappingProxyType({})
 
 
 class Parser(Protocol):
@@ -205,15 +210,17 @@ class Sink:
         kept: Iterator[pa.RecordBatch],
         former: Sequence[str] = (),
         check_input: Callable[[], None] = lambda: None,
+        again: Mapping[int, Former] = _NONE_AGAIN,
     ) -> tuple[Totals, tuple[FileRecord, ...]]:
         """Write part N from the attempts of its rows and the names in `former`, files of its that were complete once.
 
         `kept` are the input's columns over `rows`; `check_input` raises when they are not what was asked about, and
-        is called before anything is put in place. Returns the part's sums and its files.
+        is called before anything is put in place. `again` says what rows of the former self had come to that were
+        asked again since: their sums go on from there. Returns the part's sums and its files.
         """
         writers: dict[str, pq.ParquetWriter] = {}
         try:
-            totals = self._build(writers, part, rows, attempts, kept, former)
+            totals = self._build(writers, part, rows, attempts, kept, former, again)
             check_input()
             return totals, self._place_all(writers, part, totals)
         except BaseException as error:
@@ -237,6 +244,7 @@ class Sink:
         attempts: Iterator[Attempt],
         kept: Iterator[pa.RecordBatch],
         former: Sequence[str],
+        again: Mapping[int, Former],
     ) -> Totals:
         totals = Totals()
         beside = _Ahead(kept, self._shape.kept.append(pa.field(ALTERED, pa.bool_())))
@@ -249,13 +257,17 @@ class Sink:
                 writers[name].write_table(table)
                 _count(totals, name, table)
 
-        write("responses", self._schemas["responses"].empty_table())  # the part of a range is there, answered or not
-        for group in self._row_groups(attempts, beside):
+        for name, schema in self._schemas.items():
+            # The part of a range is there, answered or not. And no file of a former self goes: killed before that was
+            # noted, the next run could not tell it from a lost one.
+            if name == "responses" or _file(name, part) in former:
+                write(name, schema.empty_table())
+        for group in self._row_groups(attempts, beside, again):
             tables = self._tables(group, beside.rows(group.start - rows.start, group.stop - rows.start))
             for name, table in tables.items():
                 for before in old[name].until(group.start):
                     write(name, before)
-                merged = self._merge(name, list(old[name].until(group.stop)), table, tables)
+                merged = self._merge(name, list(old[name].until(group.stop)), table, tables, group.unanswered)
                 if merged.num_rows:
                     write(name, merged)
         for name in self._schemas:
@@ -272,7 +284,9 @@ class Sink:
             self._remove(name, part)
         return files
 
-    def _row_groups(self, attempts: Iterator[Attempt], beside: "_Ahead") -> Iterator["_Group"]:
+    def _row_groups(
+        self, attempts: Iterator[Attempt], beside: "_Ahead", again: Mapping[int, Former]
+    ) -> Iterator["_Group"]:
         """The part's new rows, in groups bounded by rows and bytes."""
         group: _Group | None = None
         for row, tried in groupby(attempts, key=attrgetter("row")):
@@ -283,16 +297,15 @@ class Sink:
                     group = None
             if group is None:
                 group = _Group(row)
-            self._add(group, row, list(tried))
+            self._add(group, row, list(tried), again.get(row))
         if group is not None:
             yield group
 
-    def _add(self, group: "_Group", row: int, tried: list[Attempt]) -> None:
-        """Sort one row's attempts into its group."""
+    def _add(self, group: "_Group", row: int, tried: list[Attempt], former: Former | None) -> None:
+        """Sort one row's attempts into its group, with the sums of what it had come to before."""
         group.stop = row + 1
-        billed_prompt: int | None = 0
-        billed_completion: int | None = 0
-        cost: float | None = 0.0
+        before = former or _NEW
+        billed_prompt, billed_completion, cost = before[-3:]
         answer: Answer | Failure | None = None
         for attempt in tried:
             body = attempt.body
@@ -328,9 +341,9 @@ class Sink:
         last = tried[-1]
         group.bytes += len(last.body or b"") + 600
         paid = (
-            tried[0].sent_at,
+            before.started_at if before.attempts else tried[0].sent_at,
             last.sent_at + int(last.latency * 1e6),
-            last.attempt,
+            max(before.attempts, last.attempt),
             billed_prompt,
             billed_completion,
             cost,
@@ -361,6 +374,8 @@ class Sink:
                     *paid,
                 )
             )
+        elif last.outcome is Outcome.FAILED and before.answered:
+            group.unanswered.append((row, *paid[:-1]))
         elif last.outcome is Outcome.FAILED:
             group.failed.append(row)
             group.failures.append((last.kind, last.status, last.type, last.code, last.message, *paid, last.body))
@@ -413,8 +428,15 @@ class Sink:
         identity = chosen.column(self._shape.id) if self._shape.id else positions
         return [positions, identity, *(chosen.column(name) for name in self._shape.keep), chosen.column(ALTERED)]
 
-    def _merge(self, name: str, former: list[pa.Table], new: pa.Table, tables: dict[str, pa.Table]) -> pa.Table:
-        """New rows and those of the former self that they do not replace."""
+    def _merge(
+        self,
+        name: str,
+        former: list[pa.Table],
+        new: pa.Table,
+        tables: dict[str, pa.Table],
+        unanswered: list[tuple[object, ...]],
+    ) -> pa.Table:
+        """New rows and those of the former self that they do not replace: an answer is never lost for a failure."""
         if not former:
             return new
         old = pa.concat_tables(former)
@@ -424,6 +446,8 @@ class Sink:
         else:
             ended = pa.concat_arrays([c for kind in ("responses", "failures") for c in tables[kind]["row"].chunks])
             old = old.filter(pc.invert(pc.is_in(old["row"], value_set=ended)))
+            if name == "responses" and unanswered:
+                old = _paid_since(old, unanswered)
         order = [("row", "ascending"), ("attempt", "ascending")]
         return pa.concat_tables([old, new]).sort_by(order if name == "attempts" else order[:1])
 
@@ -491,6 +515,8 @@ class _Group:
         self.responses: list[tuple[object, ...]] = []
         self.failed: list[int] = []
         self.failures: list[tuple[object, ...]] = []
+        self.unanswered: list[tuple[object, ...]] = []
+        """Rows that were asked again in vain and keep their former answer: what they have cost by now."""
         self.attempts: list[tuple[object, ...]] = []
 
 
@@ -534,6 +560,18 @@ class _Ahead:
 
 
 _UNKNOWN = Usage()
+
+
+def _paid_since(table: pa.Table, unanswered: list[tuple[object, ...]]) -> pa.Table:
+    """The same answers, with the attempts that were made in vain since."""
+    named = _PAID[:-1]
+    rows, *columns = _columns(unanswered, [("row", pa.int64()), *named], set())
+    found = pc.index_in(table["row"].combine_chunks(), value_set=rows)
+    for (name, _), column in zip(named, columns, strict=True):
+        index = table.schema.get_field_index(name)
+        told = pc.if_else(found.is_valid(), column.take(found), table[name].combine_chunks())
+        table = table.set_column(index, table.schema.field(index), told)
+    return table
 
 
 def _pairs(attempts: pa.Table) -> Iterator[tuple[int, int]]:

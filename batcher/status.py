@@ -82,6 +82,8 @@ def _read(output: Path, size: int, ledger: sqlite3.Connection, busy: bool) -> St
     if note is not None:
         _tell(found, note, ledger)
     if found.total is not None:
+        if found.state not in LIVE:  # what a retry says of itself is about the rows that it asks
+            found.total = max(found.total, totals.rows)
         found.pending = max(0, found.total - found.answered - found.failed)
         if found.pending and busy and found.rows_per_second:
             found.seconds_left = found.pending / found.rows_per_second

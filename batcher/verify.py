@@ -33,6 +33,8 @@ class Verdict:
     files: int = 0
     pending: int | None = None
     """Selected rows without an outcome; None where the last run did not come to its end."""
+    again: int = 0
+    """Rows that a retry which was interrupted has still to ask."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -99,8 +101,9 @@ class _Recount:
                     self._say(name, "is not known to the ledger")
                 continue
             self._found.parts += 1
-            complete = record.complete and not self._reopened(part)
-            totals = self._part(part, record, complete, files.get(part, set()))
+            complete = record.complete and not self._has("attempts", part)
+            again = self._has("again", part)
+            totals = self._part(part, record, complete, again, files.get(part, set()))
             self._found.totals.add(totals)
             recorded.add(record.totals)
             if not complete:
@@ -110,15 +113,16 @@ class _Recount:
             if complete or self._ended:
                 self._compare(f"part {part:06d}", totals, "the ledger", record.totals)
         self._whole(recorded)
+        (self._found.again,) = self._ledger.execute("SELECT count(*) FROM again WHERE unit = ?", (UNIT,)).fetchone()
         return self._found
 
     # One part
 
-    def _part(self, part: int, record: PartRecord, complete: bool, names: set[str]) -> Totals:
+    def _part(self, part: int, record: PartRecord, complete: bool, again: bool, names: set[str]) -> Totals:
         """One part's files against what is recorded of them, and their sums."""
         totals = Totals()
         start = part * self._size
-        allowed = range(start, record.stop if complete else start + self._size)
+        allowed = range(start, record.stop if complete or again else start + self._size)
         settled = complete or self._ended
         for file in record.files if settled else ():
             if file.name in names:
@@ -138,7 +142,7 @@ class _Recount:
             rows[folder] = read["row"]
             if settled and known.get(name, read.num_rows) != read.num_rows:
                 self._say(name, f"holds {read.num_rows:,} rows, and {known[name]:,} were published")
-        self._once(part, rows, record, complete)
+        self._once(part, rows, record, complete, again)
         return totals
 
     def _intact(self, file: FileRecord) -> None:
@@ -192,17 +196,20 @@ class _Recount:
         if (wrong := pc.index(outside, True).as_py()) >= 0:
             self._say(name, f"row {rows[wrong].as_py()} is outside of {allowed.start} to {allowed.stop - 1}")
 
-    def _once(self, part: int, rows: dict[str, pa.ChunkedArray], record: PartRecord, complete: bool) -> None:
-        """No row has both answer and failure; none is missing that is done."""
+    def _once(
+        self, part: int, rows: dict[str, pa.ChunkedArray], record: PartRecord, complete: bool, again: bool
+    ) -> None:
+        """No row has both answer and failure; none is missing that is done, also while it is asked again."""
         empty = pa.chunked_array([], pa.int64())
         answered, failed = rows.get("responses", empty), rows.get("failures", empty)
         both = pc.index(pc.is_in(failed, value_set=answered), True).as_py()
-        if both >= 0:
+        # Killed between the two files of a part, a row that has just been answered stands in both.
+        if both >= 0 and not (again and not self._ended):
             row = failed[both].as_py()
             self._say(f"failures/part-{part:06d}.parquet", f"row {row} stands in responses too")
         start = part * self._size
         done = bits.rows(record.done(start), start)
-        if not complete:
+        if not complete and not again:
             if not self._ended or self._summary is None or self._summary.state == "stopped":
                 return
             done += done_rows(self._ledger, UNIT, start, start + self._size)
@@ -213,10 +220,10 @@ class _Recount:
             row = expected[pc.index(there, False).as_py()].as_py()
             self._say(f"part {part:06d}", f"row {row} is in neither responses nor failures ({missing:,} rows are not)")
 
-    def _reopened(self, part: int) -> bool:
-        """Whether a range that was complete has been taken up again: its answers are dropped when it is complete."""
+    def _has(self, table: str, part: int) -> bool:
+        """Whether the ledger holds something of a range: it is open, or was complete and has been taken up again."""
         found = self._ledger.execute(
-            "SELECT 1 FROM attempts WHERE unit = ? AND row >= ? AND row < ? LIMIT 1",
+            f"SELECT 1 FROM {table} WHERE unit = ? AND row >= ? AND row < ? LIMIT 1",
             (UNIT, part * self._size, (part + 1) * self._size),
         )
         return found.fetchone() is not None

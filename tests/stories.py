@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -81,9 +81,14 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(job: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """A job, run to its end."""
+    return program("run", str(job), *words, **more)
+
+
+def program(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
     """The program, run to its end."""
     return subprocess.run(
-        command("run", str(job), *words),
+        command(*words),
         env=environment(**more),
         capture_output=True,
         text=True,
@@ -114,9 +119,12 @@ def good(entry: Entry) -> bool:
 class Kills:
     """A run that is killed again and again, and what each kill cost."""
 
-    def __init__(self, folder: Path, service: Simulator, job: Path, in_flight: int, seed: int) -> None:
+    def __init__(
+        self, folder: Path, service: Simulator, job: Path, in_flight: int, seed: int, words: Sequence[str] = ()
+    ) -> None:
+        """`words` are the command to kill, the job's run where there are none."""
         self.service = service
-        self.job = job
+        self.words = words or ("run", str(job))
         self.output = folder / "out"
         self.in_flight = in_flight
         self.random = random.Random(seed)
@@ -130,7 +138,7 @@ class Kills:
         """
         seen = len(self.service.book)
         process = subprocess.Popen(
-            command("run", str(self.job), "--quiet"),
+            command(*self.words, "--quiet"),
             env=environment(**more),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -8,11 +8,12 @@ import resource
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import msgspec
 import pandas
 import polars
 import pyarrow as pa
@@ -25,7 +26,7 @@ from batcher.dialects import openai
 from batcher.dialects.prices import cost
 from batcher.errors import StorageError
 from batcher.parse import AnswerSchema
-from batcher.records import Answer, Attempt, Failure, FileRecord, Kind, Outcome, Price, Reply, Timing, Totals
+from batcher.records import Answer, Attempt, Failure, FileRecord, Former, Kind, Outcome, Price, Reply, Timing, Totals
 from batcher.sink import ROW_GROUP_BYTES, ROW_GROUP_ROWS, Shape, Sink
 
 SENT = 1_790_000_000_000_000
@@ -121,10 +122,12 @@ class Output:
         former: Sequence[FileRecord] = (),
         part: int = 0,
         kept: Iterator[pa.RecordBatch] | None = None,
+        again: Mapping[int, Former] | None = None,
     ) -> tuple[Totals, tuple[FileRecord, ...]]:
         """Publish a part as the engine does."""
         kept = beside(rows, self.shape.kept) if kept is None else kept
-        return self.sink.publish(part, rows, iter(attempts), kept, [file.name for file in former])
+        names = [file.name for file in former]
+        return self.sink.publish(part, rows, iter(attempts), kept, names, again=again or {})
 
     def path(self, name: str, part: int = 0) -> Path:
         """Where a part's file lies."""
@@ -572,10 +575,11 @@ def test_a_part_merges_with_its_former_self(former: list[State], new: list[State
         sent = {(one.row, one.attempt): one.message or "answered" for one in [*first, *second]}
         assert [(row["row"], row["attempt"]) for row in output.rows("attempts")] == sorted(sent)
         assert (totals.answered, totals.failed, totals.attempts) == (len(responses), len(failures), len(sent))
+        there = {file.name for file in files}
         assert {file.name: file.rows for file in after} == {
-            f"{name}/part-000000.parquet": len(output.rows(name))
-            for name in ("responses", "failures", "attempts")
-            if name == "responses" or output.rows(name)
+            name: len(output.rows(folder))
+            for folder in ("responses", "failures", "attempts")
+            if (name := f"{folder}/part-000000.parquet") in there or folder == "responses" or output.rows(folder)
         }
         assert {path.parent.name for path in output.folder.glob("*/*.parquet")} == {
             file.name.split("/")[0] for file in after
@@ -596,6 +600,97 @@ def test_a_large_part_merges_in_bounded_row_groups(tmp_path: Path) -> None:
     table = file.read(["row", "response"])
     expected = {row: "old" for row in rows if row % 5} | dict.fromkeys(middle, "new")
     assert list(zip(table["row"].to_pylist(), table["response"].to_pylist(), strict=True)) == sorted(expected.items())
+
+
+TRIED = st.lists(
+    st.fixed_dictionaries(
+        {
+            "model": st.sampled_from(["known", "known", "unknown"]),
+            "output_tokens": st.sampled_from([64, 64, 0]),
+            "paid": st.booleans(),
+            "usage": st.sampled_from([None, {"prompt_tokens": 7, "completion_tokens": 3}, {"prompt_tokens": 7}]),
+        }
+    ),
+    max_size=3,
+)
+SUMS = ("started_at", "finished_at", "attempts", "billed_prompt_tokens", "billed_completion_tokens", "cost_usd")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(TRIED, st.booleans(), TRIED, st.booleans()), min_size=4, max_size=4))
+def test_a_row_that_is_asked_again_costs_what_it_costs_at_once(
+    rows: list[tuple[list[dict[str, Any]], bool, list[dict[str, Any]], bool]],
+) -> None:
+    """Sums of former and new attempts are those of all attempts in one run, nulls too, however often it is published.
+
+    An answer that is followed by a failure stays, at the cost of both.
+    """
+
+    def made(row: int, told: list[dict[str, Any]], first: int, answered: bool) -> list[Attempt]:
+        final = Outcome.ANSWERED if answered else Outcome.FAILED
+        if not told:  # never sent
+            return [attempt(row, 0, Outcome.FAILED, status=None)]
+        numbered = enumerate(told, first)
+        return [
+            attempt(
+                *(row, number, final if one is told[-1] else Outcome.AGAIN),
+                model=one["model"],
+                output_tokens=one["output_tokens"],
+                paid=one["paid"],
+                sent_at=SENT + row * 1_000_000 + number,
+                status=200 if one["usage"] or (answered and one is told[-1]) else 500,
+                body=answer(f"{row}.{number}", usage=one["usage"]) if one["usage"] or one is told[-1] else None,
+            )
+            for number, one in numbered
+        ]
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as home:
+        places = Path(home, "twice"), Path(home, "once")
+        for place in places:
+            place.mkdir()
+        output, whole = map(Output, places)
+        first, second, once = [], [], []
+        for row, (old, answered, new, answered_again) in enumerate(rows):
+            first.append(made(row, old, 1, answered))
+            second.append(made(row, new, len(old) + 1, answered_again))
+            sent = [one for one in (*first[-1], *second[-1]) if one.attempt]
+            once.append([msgspec.structs.replace(one, outcome=Outcome.AGAIN) for one in sent[:-1]] + sent[-1:])
+        _, files = output.publish([one for told in first for one in told], range(4))
+        former = {
+            row["row"]: Former(
+                name == "responses",
+                row["attempts"],
+                int(row["started_at"].timestamp() * 1e6),
+                *(row[p] for p in SUMS[3:]),
+            )
+            for name in ("responses", "failures")
+            for row in output.rows(name)
+        }
+        before = {row["row"]: row for row in output.rows("responses")}
+        for _ in range(2):
+            totals, files = output.publish([one for told in second for one in told], range(4), files, again=former)
+        whole.publish([one for told in once for one in told], range(4))
+        expected = {row["row"]: row for name in ("responses", "failures") for row in whole.rows(name)}
+        responses, failures = output.rows("responses"), output.rows("failures")
+        assert sorted(row["row"] for row in (*responses, *failures)) == [0, 1, 2, 3]
+        assert before.keys() <= {row["row"] for row in responses}
+        for told in (*responses, *failures):
+            row = told["row"]
+            if rows[row][0] and rows[row][2]:
+                assert {key: told[key] for key in SUMS} == {key: expected[row][key] for key in SUMS}
+            if row in before and not (rows[row][2] and rows[row][3]):
+                assert {**told, **dict.fromkeys(SUMS)} == {**before[row], **dict.fromkeys(SUMS)}
+        assert totals.attempts == sum(len(old) + len(new) for old, _, new, _ in rows)
+        costs = [row["cost_usd"] for row in (*responses, *failures) if row["cost_usd"] is not None]
+        assert totals.cost_usd == (pytest.approx(sum(costs)) if costs else None)
+
+
+def _micros(moment: datetime) -> int:
+    return int((moment - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(microseconds=1))
+
+
+def _some(row: dict[str, Any], names: Sequence[str]) -> list[Any]:
+    return [row[name] for name in names]
 
 
 def test_publishing_again_changes_nothing(tmp_path: Path) -> None:
@@ -620,14 +715,16 @@ def test_a_part_is_replaced_whole(tmp_path: Path) -> None:
     assert list((tmp_path / ".publishing").iterdir()) == []
 
 
-def test_failures_vanish_when_none_is_left(tmp_path: Path) -> None:
-    """When the last failure of a part has been answered after all, its file of failures is gone."""
+def test_a_file_of_failures_stays_when_none_is_left(tmp_path: Path) -> None:
+    """When the last failure of a part has been answered after all, its file is there and empty."""
     output = Output(tmp_path)
     _, files = output.publish([attempt(1), attempt(2, outcome=Outcome.FAILED)])
     assert [file.name.split("/")[0] for file in files] == ["responses", "failures", "attempts"]
     _, files = output.publish([attempt(2, 2)], former=files)
-    assert [file.name.split("/")[0] for file in files] == ["responses", "attempts"]
-    assert not output.path("failures").exists()
+    assert [(file.name.split("/")[0], file.rows) for file in files] == [
+        *(("responses", 2), ("failures", 0), ("attempts", 3))
+    ]
+    assert output.rows("failures") == []
     assert [row["row"] for row in output.rows("responses")] == [1, 2]
 
 

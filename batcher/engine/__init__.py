@@ -1,5 +1,6 @@
 """The engine joins the rooms: `attempt` is a row's life, `feed` brings rows, `publish` takes them, `run` is around."""
 
+from batcher.engine.again import reopened, retry
 from batcher.engine.prepared import Prepared, prepare
 from batcher.engine.run import RARELY, run
 from batcher.engine.selection import LOOKED_AT, Selection, first_rows, refuse_unserved, select
@@ -12,6 +13,8 @@ __all__ = [
     "first_rows",
     "prepare",
     "refuse_unserved",
+    "reopened",
+    "retry",
     "run",
     "select",
 ]

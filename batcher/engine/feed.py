@@ -68,6 +68,11 @@ class Feed:
         """How many rows the output has in the end: the selected ones, and others that earlier runs have done."""
         return None if self.selected is None else self.selected + self._beyond
 
+    @property
+    def asked(self) -> int | None:
+        """How many rows this run is about, those that earlier runs have done included."""
+        return self.total_in_output
+
     def take_up(self) -> bool:
         """Learn what earlier runs have done; whether they had answers. Blocks while it reads the ledger.
 
@@ -76,10 +81,7 @@ class Feed:
         self._parts = self._ledger.parts(UNIT)
         for part, record in self._parts.items():
             start = part * self._size
-            if record.settled > start:
-                self._check_files(record)
-            if record.place is not None:
-                self._source.places[start] = Place(*record.place)
+            self._find(start, record)
             progress = self._ledger.progress(UNIT, start, start + self._size)
             if progress.done or progress.tried:
                 self._progress[part] = progress
@@ -93,6 +95,13 @@ class Feed:
         if self._limit is not None and not is_selective(self._prepared):
             self._look_beyond()
         return self._counts.answered_rows > 0
+
+    def _find(self, start: int, record: PartRecord) -> None:
+        """See that a part is there, and learn where its rows stand in the input."""
+        if record.place is not None:
+            self._source.places[start] = Place(*record.place)
+        if record.settled > start:
+            self._check_files(record)
 
     def _check_files(self, record: PartRecord) -> None:
         folder = self._prepared.job.output_folder
@@ -155,7 +164,7 @@ class Feed:
             await abandonable(self._select)
         if self._prepared.job.request.endpoint is None and not self._turns.closed:
             await aside(self._look_ahead)
-        reader: _Reader | None = None
+        reader: Reader | None = None
         part, recorded = 0, max(self._progress, default=0)
         while not self._turns.closed and (part <= recorded or not self._beyond_all(part)):
             start = part * self._size
@@ -164,7 +173,7 @@ class Feed:
             # What was recorded and not published is published now, selected or not.
             if left or (progress is not None and progress.done) or (record is None and not part and not self.selected):
                 if reader is None or reader.position != start:
-                    reader = _Reader(self._source.batches(start, self._prepared.composer.names), start)
+                    reader = Reader(self._source.batches(start, self._prepared.composer.names), start)
                 if not await self._feed(part, self._stretch(part), record, left, reader):
                     break
             part += 1
@@ -185,7 +194,7 @@ class Feed:
         known = max(self._done.get(part, 0).bit_length(), record.settled - start if record else 1)
         return range(start, start + min(self._size, max(self._limit - start, known)))
 
-    async def _feed(self, part: int, rows: range, record: PartRecord | None, wanted: int, reader: "_Reader") -> bool:
+    async def _feed(self, part: int, rows: range, record: PartRecord | None, wanted: int, reader: "Reader") -> bool:
         """Offer these rows of one range; false when the input or the run ends in it."""
         opened = await self._press.begin(part, rows, record, wanted.bit_count(), self._dispatcher.window.ceiling)
         opened.done = self._done.get(part, 0) | wanted
@@ -229,7 +238,7 @@ class Feed:
         return Turn(request, self._now(), attempt + 1, kinds)
 
 
-class _Reader:
+class Reader:
     """The source's batches, fetched on a thread and cut where ranges end."""
 
     def __init__(self, batches: Iterator[list[Row]], position: int) -> None:

@@ -12,7 +12,7 @@ from batcher import dialects
 from batcher.dialects import Dialect
 from batcher.dialects.prices import cost
 from batcher.errors import JobError
-from batcher.job import SIMULATOR, Job, differences
+from batcher.job import SIMULATOR, Job, RequestTemplate, differences
 from batcher.ledger import Ledger, open_read_only
 from batcher.parse import AnswerSchema, format_schema
 from batcher.prompt import Composer
@@ -75,12 +75,7 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
         headers["Authorization"] = "Bearer simulator"
 
     template = job.request
-    parser = None
-    if template.schema is not None:
-        parser = AnswerSchema(template.schema, template.schema_name)
-    elif isinstance(wanted := template.parameters.get("response_format"), Mapping):
-        inner = format_schema(wanted)
-        parser = AnswerSchema(inner, template.schema_name) if inner is not None else None
+    parser = _parser(template)
     composer = Composer(template, parser.request_format if template.schema is not None and parser else None, origin)
     source = _source(job, table)
     known = ", ".join(source.columns)
@@ -130,6 +125,15 @@ def _source(job: Job, table: object) -> Source:
     return open_source(given.path, job.folder, given.format, job.output.rows_per_part, names)
 
 
+def _parser(template: RequestTemplate) -> AnswerSchema | None:
+    """What reads the answers' texts, where the job asks for more than text."""
+    if template.schema is not None:
+        return AnswerSchema(template.schema, template.schema_name)
+    wanted = template.parameters.get("response_format")
+    inner = format_schema(wanted) if isinstance(wanted, Mapping) else None
+    return AnswerSchema(inner, template.schema_name) if inner is not None else None
+
+
 def _kept(job: Job, columns: Sequence[str]) -> tuple[str, ...]:
     """The columns that are carried along; of all of them, the one that is the id already is left out."""
     if job.output.keep != "all":
@@ -159,31 +163,68 @@ def _extra_headers(name: str | None, origin: str) -> dict[str, str]:
 def agree(ledger: Ledger, prepared: Prepared) -> Shape:
     """Hold job and input against what the output was begun with; returns its columns. Raises JobError."""
     job, source = prepared.job, prepared.source
-    meaning = msgspec.json.decode(msgspec.json.encode(job.meaning()))
     names = [name for name in dict.fromkeys((job.input.id, *prepared.keep)) if name is not None]
     begun = ledger.meta("meaning")
     if begun is None:
         kept = source.schema(names)
-        ledger.set_meta({"meaning": msgspec.json.encode(meaning), "kept": kept.serialize().to_pybytes()})
+        ledger.set_meta({"meaning": msgspec.json.encode(job.meaning()), "kept": kept.serialize().to_pybytes()})
     else:
-        if different := list(differences(msgspec.json.decode(begun), meaning)):
-            raise JobError(
-                f"{job.origin}: {job.output_folder} was begun with another job: {'; '.join(different)}\n"
-                "put it back, or name another output"
-            )
-        files = msgspec.json.decode(ledger.meta("input") or b"[]", type=list[FileIdentity])
-        digests = msgspec.json.decode(ledger.meta("digests") or b"[]", type=list[str])
-        if difference := changed(files, source.identities) or _rewritten(files, digests, source):
-            raise JobError(
-                f"the input has changed since the run began: {difference}\nput it back, or name another output"
-            )
-        kept = pa.ipc.read_schema(pa.py_buffer(ledger.meta("kept")))
-        # Files appended since must not change what a column is.
-        source.types.update({field.name: field.type for field in kept})
-    ledger.set_meta({"input": msgspec.json.encode(source.identities)})
-    keep = _kept(job, kept.names)
-    several = job.request.body is not None or job.request.parameters.get("n", 1) != 1
-    return Shape(kept, job.input.id, keep, prepared.parser, several, job.output.raw)
+        _same_job(begun, job)
+        kept = _same_input(ledger, source)
+    ledger.set_meta(
+        {
+            "input": msgspec.json.encode(source.identities),
+            # What a retry needs, from wherever it is called: job.toml in the output has neither.
+            "folder": os.fsencode(job.folder),
+            "texts": msgspec.json.encode(job.texts),
+        }
+    )
+    return _shape(prepared, kept)
+
+
+def agree_again(ledger: Ledger, base: Job, prepared: Prepared) -> Shape:
+    """Hold a retry against what the output was begun with, `base`; returns its columns. Raises JobError."""
+    _same_job(ledger.meta("meaning") or b"{}", base)
+    begun = ledger.meta("input") or b"[]"
+    kept = _same_input(ledger, prepared.source)
+    if len(msgspec.json.decode(begun)) != len(prepared.source.identities):
+        raise JobError("the input has new files, so rows are pending: run the job to its end first")
+    types = [parser and parser.arrow_type for parser in (_parser(base.request), prepared.parser)]
+    if types[0] != types[1]:
+        raise JobError("--set request.response_format: the columns of the output are fixed; name another output")
+    if _several(base) != _several(prepared.job):
+        raise JobError("--set request.n: the columns of the output are fixed; name another output")
+    return _shape(prepared, kept)
+
+
+def _same_job(begun: bytes, job: Job) -> None:
+    meaning = msgspec.json.decode(msgspec.json.encode(job.meaning()))
+    if different := list(differences(msgspec.json.decode(begun), meaning)):
+        raise JobError(
+            f"{job.origin}: {job.output_folder} was begun with another job: {'; '.join(different)}\n"
+            "put it back, or name another output"
+        )
+
+
+def _same_input(ledger: Ledger, source: Source) -> pa.Schema:
+    """The types of the columns that are carried along, when the input is what it was."""
+    files = msgspec.json.decode(ledger.meta("input") or b"[]", type=list[FileIdentity])
+    digests = msgspec.json.decode(ledger.meta("digests") or b"[]", type=list[str])
+    if difference := changed(files, source.identities) or _rewritten(files, digests, source):
+        raise JobError(f"the input has changed since the run began: {difference}\nput it back, or name another output")
+    kept = pa.ipc.read_schema(pa.py_buffer(ledger.meta("kept")))
+    # Files appended since must not change what a column is.
+    source.types.update({field.name: field.type for field in kept})
+    return kept
+
+
+def _shape(prepared: Prepared, kept: pa.Schema) -> Shape:
+    job = prepared.job
+    return Shape(kept, job.input.id, _kept(job, kept.names), prepared.parser, _several(job), job.output.raw)
+
+
+def _several(job: Job) -> bool:
+    return job.request.body is not None or job.request.parameters.get("n", 1) != 1
 
 
 def _rewritten(files: list[FileIdentity], digests: list[str], source: Source) -> str | None:

@@ -2,9 +2,10 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import anyio
+import msgspec
 
 from batcher import bits
 from batcher.engine.attempt import reply
@@ -12,7 +13,7 @@ from batcher.engine.prepared import Prepared
 from batcher.engine.threads import aside
 from batcher.errors import BatcherError
 from batcher.ledger import Ledger
-from batcher.records import UNIT, Answer, Attempt, Failure, PartRecord
+from batcher.records import UNIT, Answer, Attempt, Failure, Former, PartRecord
 from batcher.sink import Shape, Sink
 
 PUBLISH_EVERY = 60.0
@@ -21,12 +22,18 @@ OPEN_RANGES = 8
 
 
 class Range:
-    """One part in the making. `record` is what was known of it before: rows that stand in its former self alone."""
+    """One part in the making. `record` is what was known of it before: rows that stand in its former self alone.
 
-    __slots__ = ("changed", "done", "fed", "former", "left", "part", "record", "rows")
+    Of these, a retry asks the rows `again`.
+    """
 
-    def __init__(self, part: int, rows: range, record: PartRecord | None) -> None:
+    __slots__ = ("again", "changed", "done", "fed", "former", "left", "part", "record", "rows")
+
+    def __init__(
+        self, part: int, rows: range, record: PartRecord | None, again: Mapping[int, Former] | None = None
+    ) -> None:
         self.part = part
+        self.again = again or {}
         self.rows = rows
         self.record = record or PartRecord(rows.stop, rows.start)
         self.former = tuple(file.name for file in record.files) if record and record.settled > rows.start else ()
@@ -67,14 +74,22 @@ class Press:
         self.full = False
         """Whether the feed waits because too many ranges are open."""
 
-    async def begin(self, part: int, rows: range, record: PartRecord | None, left: int, window: int) -> Range:
+    async def begin(
+        self,
+        part: int,
+        rows: range,
+        record: PartRecord | None,
+        left: int,
+        window: int,
+        again: Mapping[int, Former] | None = None,
+    ) -> Range:
         """Open a range in which so many rows are left, as soon as not too many are open."""
         while len(self.open) >= OPEN_RANGES + 2 * window // max(1, left) and not self._closed:
             self._room.clear()
             self.full = True
             await self._room.wait()
         self.full = False
-        self.open[part] = opened = Range(part, rows, record)
+        self.open[part] = opened = Range(part, rows, record, again)
         return opened
 
     @property
@@ -157,7 +172,10 @@ class Press:
             source.kept(rows.start, rows.stop, self._columns),
             opened.former,
             source.check,
+            opened.again,
         )
+        if opened.again:  # whatever becomes of them, the part has the rows that it had
+            return msgspec.structs.replace(opened.record, totals=totals, files=files)
         place, settled = source.places.get(rows.start), opened.record.settled
         if complete:
             done = bits.cut(opened.done, 0, len(rows))

@@ -63,36 +63,62 @@ async def run(
     `signals` the first SIGINT, SIGTERM or SIGHUP drains and the second stops. Raises the errors of batcher.errors.
     """
     prepared = await aside(prepare, job, base_url, table)
-    with ExitStack() as stack:
-        for folder in (job.output_folder, job.ledger_path.parent):
-            _make(folder)
-        stack.enter_context(Lock(job.output_folder))
-        if job.ledger_path.parent != job.output_folder:
-            beside = job.ledger_path.with_name(job.ledger_path.name + ".lock")
-            _write_whole(beside, b"")
-            stack.enter_context(Lock(beside))
+    for folder in (job.output_folder, job.ledger_path.parent):
+        _make(folder)
+    with exclusively(job.output_folder, job.ledger_path):
         if not job.ledger_path.exists() and any((job.output_folder / "responses").glob("*.parquet")):
             raise JobError(
                 f"{job.output_folder} holds parts, but their ledger {job.ledger_path} is gone; name another output"
             )
         ledger = Ledger(job.ledger_path)
+        if (retries := ledger.retries()) and retries[-1].finished_at is None:
+            raise JobError(
+                f"a retry of {retries[-1].rows:,} rows is under way in {job.output_folder}\n"
+                f"batcher retry {job.output_folder} goes on with it; with --abandon it leaves the rest as it is"
+            )
         shape = await aside(agree, ledger, prepared)
         origin = b"" if table is None else b"# The rows came from Python: batcher.run(job, input=table)\n"
         _write_whole(job.output_folder / "job.toml", origin + job.document())
-        stack.enter_context(_collecting_rarely())
-        made = transport or HttpTransport(
-            prepared.url,
-            prepared.headers,
-            prepared.dialect,
-            job.service.timeout,
-            secrets=prepared.secrets,
-            proxy_from_environment=job.service.proxy,
-        )
-        try:
-            return await _Run(prepared, ledger, shape, made, watch).live(signals)
-        finally:
-            ledger.close()
-            await made.close()
+        return await live(prepared, ledger, shape, Feed, transport, watch, signals)
+
+
+async def live(
+    prepared: Prepared,
+    ledger: Ledger,
+    shape: Shape,
+    feed: Callable[[Prepared, Ledger, Press, Dispatcher, Turns, Counts], Feed],
+    transport: Transport | None,
+    watch: Callable[[Snapshot], None] | None,
+    signals: bool,
+) -> Summary:
+    """Ask the rows of a feed, with all that is around it. The ledger is closed at the end."""
+    service = prepared.job.service
+    made = transport or HttpTransport(
+        prepared.url,
+        prepared.headers,
+        prepared.dialect,
+        service.timeout,
+        secrets=prepared.secrets,
+        proxy_from_environment=service.proxy,
+    )
+    try:
+        with _collecting_rarely():
+            return await _Run(prepared, ledger, shape, feed, made, watch).live(signals)
+    finally:
+        ledger.close()
+        await made.close()
+
+
+@contextmanager
+def exclusively(output: Path, ledger: Path) -> Iterator[None]:
+    """Keep other runs away from an output and its ledger. Raises OutputInUseError."""
+    with ExitStack() as stack:
+        stack.enter_context(Lock(output))
+        if ledger.parent != output:
+            beside = ledger.with_name(ledger.name + ".lock")
+            _write_whole(beside, b"")
+            stack.enter_context(Lock(beside))
+        yield
 
 
 class _Run:
@@ -103,6 +129,7 @@ class _Run:
         prepared: Prepared,
         ledger: Ledger,
         shape: Shape,
+        feed: Callable[[Prepared, Ledger, Press, Dispatcher, Turns, Counts], Feed],
         transport: Transport,
         watch: Callable[[Snapshot], None] | None,
     ) -> None:
@@ -120,7 +147,7 @@ class _Run:
         self._turns = Turns(self._dispatcher)
         self._counts = Counts()
         self._press = Press(prepared, shape, ledger, self._end)
-        self._feed = Feed(prepared, ledger, self._press, self._dispatcher, self._turns, self._counts)
+        self._feed = feed(prepared, ledger, self._press, self._dispatcher, self._turns, self._counts)
         self._guard = Guard()
         self._attempts = Attempts(
             prepared, transport, self._dispatcher, self._turns, ledger, self._guard, self._counts, self._end
@@ -303,7 +330,7 @@ class _Run:
     def _snapshot(self) -> Snapshot:
         pressure, counts = self._dispatcher.pressure(), self._counts
         return Snapshot(
-            total=self._feed.total_in_output,
+            total=self._feed.asked,
             answered=counts.answered_rows,
             failed=counts.failed_rows,
             before=counts.before,
@@ -330,6 +357,9 @@ class _Run:
         pending = None if expected is None else max(0, expected - totals.rows)
         if self._ending is None and pending:
             self._ending = StorageError(f"{pending} rows have no outcome; run the same command again")
+        finished_at = datetime.now(UTC).isoformat(timespec="seconds")
+        if self._ending is None:
+            self._ledger.end_retry(finished_at)
         states = {InterruptedRunError: "interrupted", PausedError: "paused"}
         summary = Summary(
             name=self._prepared.job.name,
@@ -338,10 +368,11 @@ class _Run:
             pending=pending,
             totals=totals,
             started_at=self._started_at.isoformat(timespec="seconds"),
-            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            finished_at=finished_at,
             seconds=round(self._now() - self._started, 3),
             requests=self._counts.requests,
             version=version("batcher"),
+            retries=self._ledger.retries(),
         )
         self._enter(summary.state)
         if not self._hasty:

@@ -1,0 +1,272 @@
+"""A retry: rows of a finished output are asked again, and their parts written again with what came of it."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batcher.engine.feed import Feed, Reader
+from batcher.engine.prepared import agree_again, prepare
+from batcher.engine.run import exclusively, live
+from batcher.engine.threads import aside
+from batcher.errors import JobError, StorageError
+from batcher.job import Job, from_document, read_document
+from batcher.ledger import Ledger, Progress
+from batcher.records import UNIT, Former, Kind, PartRecord, Retried, Snapshot, Summary
+from batcher.sink import Shape
+from batcher.transport import Transport
+
+if TYPE_CHECKING:
+    from batcher.where import Condition  # brings DuckDB with it, which only a condition needs
+
+_FORMER = ("attempts", "started_at", "billed_prompt_tokens", "billed_completion_tokens", "cost_usd")
+
+
+class Retrial(NamedTuple):
+    """An output held for a retry. `job` is what its rows are asked with, `base` what the output was begun with."""
+
+    base: Job
+    job: Job
+    ledger: Ledger
+    where: str | None
+    settings: tuple[str, ...]
+    begun: bool
+    """Whether this goes on with a retry that was interrupted."""
+
+
+@contextmanager
+def reopened(output: Path, where: str | None, settings: Sequence[str]) -> Iterator[Retrial]:
+    """Hold a finished output, or one whose retry was interrupted. Raises JobError, OutputInUseError, StorageError."""
+    if not (output / "job.toml").is_file():
+        raise JobError(f"{output}: no output of batcher, for it has no job.toml")
+    output = Path(os.path.abspath(output))
+    document = read_document(output / "job.toml")
+    section = document.get("output")
+    if not isinstance(section, dict):
+        raise JobError(f"{output / 'job.toml'}: is damaged: the section [output] is missing")
+    section["path"] = str(output)
+    path = output / str(section.get("ledger") or "ledger.sqlite")
+    if not path.is_file():
+        raise StorageError(f"{path}: the ledger is gone; put it back, or start anew in another output folder")
+    with exclusively(output, path):
+        ledger = Ledger(path)
+        folder, texts = ledger.meta("folder"), ledger.meta("texts")
+        if folder is None or texts is None:
+            raise JobError(f"{output}: nothing has been asked yet: run the job to its end first")
+        base = from_document(
+            document, Path(os.fsdecode(folder)), "job.toml", msgspec.json.decode(texts, type=dict[str, str])
+        )
+        retries = ledger.retries()
+        begun = retries[-1] if retries and retries[-1].finished_at is None else None
+        if begun is not None:
+            asked = (where, tuple(settings))
+            if asked not in ((None, ()), (begun.where, begun.settings)):
+                raise JobError(
+                    f"a retry of {begun.rows:,} rows with other options is under way: batcher retry {output} goes on"
+                    " with it;\nwith --abandon it leaves the rest as it is"
+                )
+            where, settings = begun.where, begun.settings
+        yield Retrial(base, base.changed(settings), ledger, where, tuple(settings), begun is not None)
+
+
+async def retry(
+    retrial: Retrial,
+    *,
+    abandon: bool = False,
+    base_url: str | None = None,
+    table: object = None,
+    transport: Transport | None = None,
+    watch: Callable[[Snapshot], None] | None = None,
+    signals: bool = False,
+) -> Summary:
+    """Ask the chosen rows again; where there are none, the summary stays what it is. `watch` is called if there are.
+
+    With `abandon`, rows of a retry under way that were not asked yet keep what they have.
+    """
+    job, ledger = retrial.job, retrial.ledger
+    if abandon and not retrial.begun:
+        raise JobError(f"no retry is under way in {job.output_folder}")
+    prepared = await aside(prepare, job, base_url, table)
+    shape = await aside(agree_again, ledger, retrial.base, prepared)
+    before = _summary(job.output_folder)
+    if not retrial.begun:
+        finished = _finished(job.output_folder, before, ledger)
+        if not await aside(_begin, retrial, shape):
+            return finished
+    feed = partial(_Again, abandon, before.selected if before else None)
+    return await live(prepared, ledger, shape, feed, transport, watch, signals)
+
+
+def _summary(output: Path) -> Summary | None:
+    """What the last run left, if it came to its end."""
+    try:
+        return msgspec.json.decode((output / "summary.json").read_bytes(), type=Summary)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _finished(output: Path, summary: Summary | None, ledger: Ledger) -> Summary:
+    """The summary of an output in which nothing is pending."""
+    if summary is None or (summary.pending == 0 and ledger.pending(UNIT)):
+        raise JobError(f"{output}: the last run did not come to its end: run the job to its end first")
+    if summary.pending != 0:
+        rows = "rows" if summary.pending is None else f"{summary.pending:,} rows"
+        raise JobError(f"{output}: {rows} are pending: run the job to its end first")
+    return summary
+
+
+# Which rows
+
+
+def _begin(retrial: Retrial, shape: Shape) -> int:
+    """Choose the rows and note them, before anything is sent; how many there are."""
+    holds = None if retrial.where is None else _condition(retrial.where, shape)
+    output, parts = retrial.job.output_folder, retrial.ledger.parts(UNIT)
+    chosen = (pair for record in parts.values() for pair in _chosen(output, record, holds))
+    begun = Retried(started_at=_now(), where=retrial.where, settings=retrial.settings)
+    return retrial.ledger.begin_retry(begun, UNIT, chosen)
+
+
+class _Holds(NamedTuple):
+    """A condition over the columns of responses and failures; one that a file has not is null in it."""
+
+    condition: "Condition"
+    schema: pa.Schema
+
+    def mask(self, batch: pa.RecordBatch) -> pa.BooleanArray:
+        """For which rows of a file it holds."""
+        fields = [self.schema.field(name) for name in self.condition.columns]
+        columns = [
+            batch.column(field.name) if field.name in batch.schema.names else pa.nulls(len(batch), field.type)
+            for field in fields
+        ]
+        return self.condition.mask(pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields)))
+
+
+def _condition(sql: str, shape: Shape) -> _Holds:
+    from batcher.where import Condition
+
+    responses, failures = shape.responses(), shape.failures()
+    schema = pa.schema([*responses, *(field for field in failures if field.name not in responses.names)])
+    return _Holds(Condition(sql, schema, "--where"), schema)
+
+
+def _chosen(output: Path, record: PartRecord, holds: _Holds | None) -> Iterator[tuple[int, Former]]:
+    """The rows of a part that are to be asked again: its failures, or those for which a condition holds."""
+    needed = {"row", *_FORMER, *(holds.condition.columns if holds else ())}
+    for file in record.files:
+        folder = file.name.split("/")[0]
+        if folder == "attempts" or (folder == "responses" and holds is None):
+            continue
+        try:
+            with pq.ParquetFile(output / file.name, pre_buffer=False, page_checksum_verification=True) as parquet:
+                columns = [name for name in parquet.schema_arrow.names if name in needed]
+                for batch in parquet.iter_batches(columns=columns):
+                    found = batch if holds is None else batch.filter(holds.mask(batch))
+                    formers = zip(*(_plain(found.column(name)) for name in _FORMER), strict=True)
+                    for row, former in zip(_plain(found.column("row")), formers, strict=True):
+                        yield row, Former(folder == "responses", *former)
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())
+            raise StorageError(f"{output / file.name}: cannot be read ({reason}); restore it") from None
+
+
+def _plain(column: pa.Array) -> list[Any]:
+    """Values as Python's own; times as whole microseconds."""
+    plain: list[Any] = (column.cast(pa.int64()) if pa.types.is_timestamp(column.type) else column).to_pylist()
+    return plain
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# The rows on their way
+
+
+class _Again(Feed):
+    """Feeds the rows that a retry has noted; their parts are complete, and stay so until they are written again."""
+
+    def __init__(self, abandon: bool, selected: int | None, *rooms: Any) -> None:
+        super().__init__(*rooms)
+        self._abandon, self._former_selected = abandon, selected
+        self._waiting: list[int] = []
+        self._rows = self._asked = 0
+
+    @property
+    def selected(self) -> int | None:
+        """How many rows the job is about, as its last run has said."""
+        return self._former_selected
+
+    @property
+    def total_in_output(self) -> int:
+        """How many rows the output has: nothing of it is pending."""
+        return self._rows
+
+    @property
+    def asked(self) -> int:
+        """How many rows this retry is about, those that it has done included."""
+        return self._asked
+
+    def take_up(self) -> bool:
+        """Learn which rows are left; whether the output has answers, so that a refusal is a row's. Blocks.
+
+        Raises StorageError when a file is gone.
+        """
+        if self._abandon:
+            self._ledger.abandon(UNIT)
+        self._parts = self._ledger.parts(UNIT)
+        self._rows = sum(record.totals.rows for record in self._parts.values())
+        begun = self._ledger.retries()[-1]
+        self._waiting, left = self._ledger.parts_again(UNIT, self._size)
+        self._asked = begun.rows
+        self._counts.resume(begun.answered, begun.rows - left - begun.answered)
+        for part in self._waiting:
+            start, record = part * self._size, self._parts[part]
+            self._find(start, record)
+            progress = self._ledger.progress(UNIT, start, record.stop)
+            if progress.done or progress.tried:
+                self._progress[part] = progress
+                self._counts.resume(len(progress.done) - progress.failed, progress.failed)
+        return any(record.totals.answered for record in self._parts.values())
+
+    def count(self, stopped: Callable[[], bool]) -> None:
+        """The input was counted before."""
+
+    async def work(self) -> None:
+        """Offer what is left. Raises JobError when the input cannot be read on."""
+        for part in self._waiting:
+            if self._turns.closed or not await self._ask(part, self._parts[part]):
+                break
+        self.ended = True
+
+    async def _ask(self, part: int, record: PartRecord) -> bool:
+        """Offer one part's rows that are asked again; false when the run ends in it."""
+        rows = range(part * self._size, record.stop)
+        again = await aside(self._ledger.again, UNIT, rows.start, rows.stop)
+        progress = self._progress.pop(part, None) or Progress(frozenset(), 0, {})
+        wanted = again.keys() - progress.done
+        opened = await self._press.begin(part, rows, record, len(wanted), self._dispatcher.window.ceiling, again)
+        opened.changed = bool(progress.done)
+        # Their attempts are counted on from those of before; what failed then is forgiven.
+        before: dict[int, tuple[int, dict[Kind, int]]] = {row: (again[row].attempts, {}) for row in wanted}
+        tried = before | progress.tried
+        reader = Reader(self._source.batches(rows.start, self._prepared.composer.names), rows.start)
+        async for batch in reader.until(max(wanted, default=rows.start - 1) + 1):
+            left = [row for row in batch if row.position in wanted]
+            opened.left += len(left)
+            self._dispatcher.offer([turn for row in left if (turn := self._turn(row, tried)) is not None])
+            self._turns.wake()
+            await self._turns.hungry()
+            if self._turns.closed:
+                return False
+        opened.fed = True
+        self._press.publish_if_complete(opened)
+        return True
