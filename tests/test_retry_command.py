@@ -432,18 +432,18 @@ def test_a_retry_survives_a_kill_at_each_named_point(output: Path, tmp_path: Pat
 
 
 def test_a_retry_survives_kills_at_random_moments(output: Path, tmp_path: Path) -> None:
-    """Killed six times: nothing that had arrived is asked again."""
+    """Killed four times: nothing that had arrived is asked again."""
     before = rows_of(output, "responses")
     poison = {"[row 00013]": 422, "[row 00014]": 422}
     with stories.service(latency=0.05, poison=poison, faults={"500": 0.05}) as service:
         settings = ("--set", to(service), "--set", "schedule.max_in_flight=4")
         words = ("retry", str(output), "--where", "row % 2 = 0 or kind is not null", *settings)
         story = stories.Kills(tmp_path, service, output, in_flight=4, seed=7, words=words)
-        for _ in range(6):
+        for _ in range(4):
             if not story.kill_once(story.random.randrange(8), within=0.1):
                 break
             whole(output, before)
-        assert len(story.at) >= 3
+        assert len(story.at) >= 2
         ended = stories.program(*words)
         assert ended.returncode == 3, ended.stderr
         story.check_repeats()
