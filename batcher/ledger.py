@@ -272,11 +272,9 @@ class Ledger:
             db.execute("COMMIT")
 
     def end_retry(self, finished_at: str) -> None:
-        """Note that the retry which is under way has ended, if one is, and give its space back."""
+        """Note that the retry which is under way has ended, if one is."""
         with self._open() as db:
-            if db.execute("UPDATE retries SET finished_at = ? WHERE finished_at IS NULL", (finished_at,)).rowcount:
-                with suppress(sqlite3.Error):  # a disk too full to make the file smaller
-                    db.execute("VACUUM")
+            db.execute("UPDATE retries SET finished_at = ? WHERE finished_at IS NULL", (finished_at,))
 
     # Writing
 

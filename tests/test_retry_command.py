@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -121,13 +122,6 @@ def test_failed_rows_are_asked_again(output: Path, finished: Path, well: Simulat
     assert check(output).retries == summary.retries
 
 
-def test_the_ledger_is_as_small_as_before(output: Path, well: Simulator) -> None:
-    """What a retry noted is given back when it ends."""
-    before = (output / "ledger.sqlite").stat().st_size
-    batcher.retry(output, "true", [to(well)])
-    assert (output / "ledger.sqlite").stat().st_size <= before + 16384
-
-
 def test_answers_are_asked_again_with_other_parameters(output: Path, well: Simulator) -> None:
     """What was cut off is asked with a larger cap; the answer is replaced, and its hash tells."""
     before = rows_of(output, "responses")
@@ -201,6 +195,44 @@ def test_rows_that_never_became_a_request_are_asked_with_another_prompt(tmp_path
     (failure,) = rows_of(tmp_path / "out", "failures").values()
     assert (failure["row"], failure["kind"], failure["attempts"]) == (2, "bad_input", 0)
     check(tmp_path / "out", 3)
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"where": "CAST(substr(key, 2) AS INTEGER) % 3 = 0"}, {"sample": 20}, {"limit": 20}]
+)
+def test_an_output_of_some_rows_stays_one_of_these_rows(tmp_path: Path, chosen: dict[str, object]) -> None:
+    """A retry adds no row, and a larger choice afterwards asks what is new alone."""
+    stories.write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    output = tmp_path / "out"
+    with stories.service(latency=0.002, poison={"[row 00003]": 400, "[row 00012]": 400}) as service:
+        job = stories.write_job(tmp_path, service.url, rows_per_part=PART, more={"input": chosen})
+        batcher.run(batcher.load(job))
+        before = {**rows_of(output, "responses"), **rows_of(output, "failures")}
+        assert len(before) == 20
+    with stories.service(latency=0.002) as service:
+        batcher.retry(output, "row % 2 = 0 or kind is not null", [to(service)])
+        asked = {stories.row_of(entry) for entry in service.book}
+        assert asked == {row for row in before if row % 2 == 0 or row == 3}
+        assert verify(output).problems == []
+        assert sorted(rows_of(output, "responses")) == sorted(before)
+        service.book.clear()
+        every = {name: value if name == "where" else None for name, value in chosen.items()}  # a condition is for good
+        job = stories.write_job(tmp_path, service.url, rows_per_part=PART, more={"input": every})
+        assert batcher.run(batcher.load(job)).summary.pending == 0
+        new = set() if "where" in chosen else {*range(ROWS)} - {*before}
+        assert sorted(stories.row_of(entry) for entry in service.book) == sorted(new)
+    assert verify(output).problems == []
+
+
+def test_rows_that_came_from_python_are_given_again(tmp_path: Path, well: Simulator) -> None:
+    """Without the table a retry cannot be; with it, it goes like any other."""
+    table = pa.table({"key": [f"k{row}" for row in range(8)], "text": [stories.prompt(row) for row in range(8)]})
+    job = batcher.load(stories.write_job(tmp_path, well.url, more={"input": {"path": None}}))
+    batcher.run(job, input=table)
+    with pytest.raises(JobError, match="path is missing"):
+        batcher.retry(tmp_path / "out", "row = 2")
+    assert batcher.retry(tmp_path / "out", "row = 2", input=table).summary.retries[0].answered == 1
+    check(tmp_path / "out", 8)
 
 
 def test_the_texts_are_those_that_were_asked(tmp_path: Path, well: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
