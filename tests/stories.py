@@ -207,7 +207,7 @@ def check_complete(output: Path, rows: int, service: Simulator) -> None:
     given: dict[int, set[str | None]] = {}
     for entry in service.book:
         if good(entry):
-            given.setdefault(row_of(entry), set()).add(entry.content and _storable(entry.content))
+            given.setdefault(row_of(entry), set()).add(entry.content and storable(entry.content))
     kept = table(output, "responses").select(["row", "response", "text", "id"]).to_pylist()
     for row in kept:
         assert row["response"] in given[row["row"]]
@@ -227,7 +227,8 @@ def check_no_secret(output: Path) -> None:
             assert KEY.encode() not in path.read_bytes(), path
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
+    """A text as Parquet can hold it."""
     return "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in text)
 
 

@@ -1,5 +1,6 @@
 """A model of the service: pure functions of (state, request, time), with randomness only from a seed."""
 
+import dataclasses
 import heapq
 import math
 from collections import Counter
@@ -197,6 +198,11 @@ class Service:
         self._busy: list[float] = []  # heap: when each of the places that `capacity` gives is free again
         self._seen: Counter[bytes] = Counter()  # admitted requests by body, counted only where faults are drawn
         self._answered = 0
+
+    def change(self, **settings: object) -> None:
+        """From now on the service is otherwise; the limits of models that were asked for stay. Raises ValueError."""
+        self.settings = dataclasses.replace(self.settings, **settings)  # type: ignore[arg-type]
+        self._faults = sorted(self.settings.faults.items())
 
     def receive(self, method: str, path: str, authorization: str | None, body: bytes, now: float) -> Answer:
         """Decide everything about the answer to a request that arrives now."""

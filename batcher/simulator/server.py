@@ -1,6 +1,5 @@
 """The simulated service over HTTP: it does on real sockets what the model decides."""
 
-import asyncio
 import os
 import signal
 import socket
@@ -8,16 +7,16 @@ import struct
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from hashlib import sha256
+from functools import partial
 from importlib.util import find_spec
 
 import anyio
 from aiohttp import web
 from anyio.from_thread import start_blocking_portal
-from msgspec import Struct
 
 from batcher.errors import JobError
-from batcher.simulator.model import Answer, Service, Settings
+from batcher.simulator.front import Front
+from batcher.simulator.model import Answer, Settings
 
 _BACKLOG = 4096  # connections that may wait to be accepted: a client opens thousands at once
 _SHUTDOWN = 1.0  # seconds for requests in flight to notice that their connection is closed
@@ -25,72 +24,21 @@ _LOOP = {"use_uvloop": find_spec("uvloop") is not None}
 _AT_ONCE = struct.pack("ii", 1, 0)  # SO_LINGER of no time: closing resets the connection
 
 
-class Entry(Struct, frozen=True):
-    """One request as the service saw it; times are seconds of the monotonic clock."""
-
-    path: str
-    body_sha256: str
-    arrived: float
-    answered_at: float | None  # when its last byte was handed to the network; None: it did not leave whole
-    status: int | None  # None: no answer began
-    fault: str | None  # what the simulator did to it on purpose
-    prompt: str  # the last user message, or the first prompt
-    content: str | None  # the text of the first choice, where a client could read it
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class Simulator:
+class Simulator(Front):
     """A service that is being simulated: where it is, and what it sees."""
 
     def __init__(self, settings: Settings, record: bool) -> None:
+        super().__init__(settings, time.monotonic, time.time() - time.monotonic(), record)
         self.url = ""  # to be used as a base URL
-        self.book: list[Entry] = []  # in the order of the answers; empty unless recorded
-        self.in_flight = 0
-        self.peak_in_flight = 0
-        self._service = Service(settings, epoch=time.time() - time.monotonic())
-        self._record = record
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
         """One request, from its body to its answer or to the fault in its place."""
         body = await request.content.read()
-        arrived = time.monotonic()
         authorization = request.headers.get("Authorization")
-        answer = self._service.receive(request.method, request.path, authorization, body, arrived)
-        self.in_flight += 1
-        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
-        status = answered_at = None
-        try:
-            try:
-                if answer.delay:
-                    await asyncio.sleep(answer.delay)
-            finally:  # a client that has given up has had its answer made all the same
-                headers = self._service.settle(answer, time.monotonic())
-            status = answer.status or None
-            response = await _send(answer, headers, request)
-            if answer.whole:
-                answered_at = time.monotonic()
-            return response
-        finally:
-            self.in_flight -= 1
-            if self._record:
-                self.book.append(
-                    Entry(
-                        path=request.path,
-                        body_sha256=sha256(body).hexdigest(),
-                        arrived=arrived,
-                        answered_at=answered_at,
-                        status=status,
-                        fault=answer.fault,
-                        prompt=answer.prompt,
-                        content=answer.content,
-                        prompt_tokens=answer.prompt_tokens,
-                        completion_tokens=answer.completion_tokens,
-                    )
-                )
+        return await self.ask(request.method, request.path, authorization, body, partial(_send, request))
 
 
-async def _send(answer: Answer, headers: dict[str, str], request: web.BaseRequest) -> web.StreamResponse:
+async def _send(request: web.BaseRequest, answer: Answer, headers: dict[str, str]) -> web.StreamResponse:
     """Hand the answer to the network, whole or as far as its fault lets it go."""
     transport = request.transport
     if answer.status == 0:
