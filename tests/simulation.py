@@ -298,7 +298,7 @@ def weather(world: World) -> None:
     kinds = [Kind.CONNECTION, Kind.DNS, Kind.CONNECT_TIMEOUT, "503", "500", "529", "reset", "hang", "cut", "429", "key"]
     for _ in range(draw.randint(1, 3)):
         start = draw.uniform(0, 2 * expected)
-        long = 10 ** draw.uniform(-0.5, 2.8) if draw.random() < 0.997 else 7 * 3600.0
+        long = 10 ** draw.uniform(-0.5, 2.8) if draw.random() < 0.999 else 7 * 3600.0
         world.weather.append(Spell(start, start + long, draw.choice(kinds)))
 
 
