@@ -369,9 +369,8 @@ class Run:
         loop.set_exception_handler(lambda _, context: world.troubles.append(str(context)))
         start = loop.time()
         job = batcher.load(world.folder / "job.toml", [f"output.path={world.output.name}"])
-        path = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}[job.request.endpoint]
         refusal = dialects.named("cerebras").refusal
-        model = ModelTransport(world.front, path, f"Bearer {stories.KEY}", job.service.timeout, refusal)
+        model = ModelTransport(world.front, f"Bearer {stories.KEY}", job.service.timeout, refusal)
         self._line = Line(model)
         self._weather()
         for moment in sorted({at for spell in world.weather for at in spell[:2] if at > start}):

@@ -208,7 +208,7 @@ def in_process(settings: Settings, timeout: float, times: int) -> list[tuple[obj
     async def main() -> list[tuple[object, ...]]:
         front = Front(settings, asyncio.get_running_loop().time, 1_790_000_000.0, record=True)
         refusal = dialects.named("cerebras").refusal
-        transport = ModelTransport(front, "/v1/chat/completions", "Bearer key", timeout, refusal)
+        transport = ModelTransport(front, "Bearer key", timeout, refusal)
         return [plain(await transport.send(request())) for _ in range(times)]
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
@@ -220,7 +220,7 @@ def over_sockets(settings: Settings, timeout: float, times: int) -> list[tuple[o
 
     async def main(url: str) -> list[tuple[object, ...]]:
         headers = {"Authorization": "Bearer key"}
-        transport = HttpTransport(f"{url}/chat/completions", headers, dialects.named("cerebras"), timeout)
+        transport = HttpTransport(url, headers, dialects.named("cerebras"), timeout)
         try:
             return [plain(await transport.send(request())) for _ in range(times)]
         finally:
@@ -245,7 +245,7 @@ def test_who_cannot_connect_is_told_so() -> None:
     async def main() -> None:
         front = Front(Settings(), asyncio.get_running_loop().time, 0.0, record=True)
         refusal = dialects.named("cerebras").refusal
-        transport = ModelTransport(front, "/v1/chat/completions", "Bearer key", 5.0, refusal)
+        transport = ModelTransport(front, "Bearer key", 5.0, refusal)
         on_its_way = asyncio.create_task(transport.send(request()))
         await anyio.sleep(0.01)
         transport.unreachable = Kind.DNS

@@ -7,6 +7,8 @@ from batcher.records import Failure, Kind, Reply, Request, Timing
 from batcher.simulator.front import Front
 from batcher.simulator.model import Answer
 
+_PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
 
 class ModelTransport:
     """Requests to a `front`, as its client: what breaks comes back as the failures that sockets would give.
@@ -14,13 +16,10 @@ class ModelTransport:
     `refusal` says what an answer with another status than 200 means: the dialect's own. `timeout` is in seconds.
     """
 
-    def __init__(
-        self, front: Front, path: str, authorization: str, timeout: float, refusal: Callable[[Reply], Failure]
-    ) -> None:
+    def __init__(self, front: Front, authorization: str, timeout: float, refusal: Callable[[Reply], Failure]) -> None:
         self.unreachable: Kind | None = None
         """What every attempt to connect ends with now, and every connection is lost; None: all is well."""
         self._front = front
-        self._path = path
         self._authorization = authorization
         self._timeout = timeout
         self._refusal = refusal
@@ -48,7 +47,9 @@ class ModelTransport:
 
         try:
             async with asyncio.timeout(self._timeout):
-                reply = await self._front.ask("POST", self._path, self._authorization, request.body, deliver)
+                reply = await self._front.ask(
+                    "POST", _PATHS[request.endpoint], self._authorization, request.body, deliver
+                )
         except TimeoutError:
             message = f"no answer within {self._timeout:g} s"
             return Failure(Kind.TIMEOUT, message, Timing(sent_at, now() - began), paid=True)
