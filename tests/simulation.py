@@ -128,10 +128,18 @@ class World:
         return dict(self.settings.get("faults", {}))
 
     @property
-    def selected(self) -> int:
-        """How many rows the job is about in the end."""
+    def wanted(self) -> list[int]:
+        """The rows that the job is about in the end; of a sample, those that it may have."""
         rows, limit = self.stages[-1]
-        return rows if limit is None else min(rows, limit)
+        wanted = range(rows if limit is None else min(rows, limit))
+        if "where" in self.sections["input"]:
+            return [row for row in wanted if row % 10 == 0 and row not in self.never]
+        return list(wanted)
+
+    @property
+    def selected(self) -> int:
+        """How many rows that makes."""
+        return int(self.sections["input"].get("sample", len(self.wanted)))
 
     @cached_property
     def book(self) -> dict[int, list[Entry]]:
@@ -313,8 +321,20 @@ def endings(world: World) -> None:
         world.endings.append(Ending(10 ** draw.uniform(-2, 1.3), how, point, visit))
 
 
+def some_rows(world: World) -> None:
+    """A condition over the rows, or a sample of them."""
+    draw, count = world.draw, len(world.rows)
+    if draw.random() < 0.85 or len(world.stages) > 1 or Kind.BAD_INPUT in world.never.values():
+        return
+    if draw.random() < 0.5:
+        world.sections["input"]["where"] = "extra LIKE 'e%0'"
+    elif "poison" not in world.settings:
+        world.sections["input"]["sample"] = draw.randint(1, count)
+
+
 SHAPES: tuple[Callable[[World], None], ...] = (
     *(sizes, columns, rows_that_cannot, schema, completions, limits, retries, faults, growth, weather, endings),
+    some_rows,
 )
 """Each changes the world a little; all draw from the one seed, so a new one belongs at the end."""
 
@@ -547,7 +567,11 @@ def every_row_once(world: World) -> None:
         rows = [row["row"] for row in world.tables[name]]
         assert rows == sorted(set(rows)), f"O2: {name} are out of order or twice: {rows}"
     rows = sorted(row["row"] for name in ("responses", "failures") for row in world.tables[name])
-    assert rows == list(range(world.selected)), f"O1: not every row once: {rows}"
+    if "sample" in world.sections["input"]:
+        assert len(set(rows)) == len(rows) == world.selected, f"O1: not every row of the sample once: {rows}"
+        assert set(rows) <= set(world.wanted), f"O1: rows that there are not: {rows}"
+    else:
+        assert rows == world.wanted, f"O1: not every row once: {rows}"
 
 
 def answers_are_the_rows_own(world: World) -> None:
@@ -648,8 +672,9 @@ UNSENT = {Kind.CONNECTION, Kind.DNS, Kind.CONNECT_TIMEOUT}
 def failures_have_reasons(world: World) -> None:
     """O8: rows that cannot be sent have failed as such; nothing fails without a fault, a limit or bad weather."""
     failed = {row["row"]: row["kind"] for row in world.tables["failures"]}
+    wanted = set(world.wanted) if "sample" not in world.sections["input"] else set(failed)
     for row, kind in world.never.items():
-        if row < world.selected:
+        if row in wanted:
             assert failed.get(row) == kind, f"O8: row {row} is {failed.get(row)} and not {kind}"
     if not (world.weather or world.faults or "poison" in world.settings or "capacity" in world.settings):
         assert failed.keys() <= world.never.keys(), f"O8: rows failed without a reason: {failed}"
