@@ -34,6 +34,7 @@ class Break(NamedTuple):
 
 LEDGER = ("tests/test_ledger.py",)
 SINK = ("tests/test_sink.py",)
+WORLDS = ("tests/test_simulation.py", "-k", "every_world")
 POWER = ("tests/test_power_loss.py",)
 RETRY = ("tests/test_retry_command.py",)
 
@@ -293,6 +294,20 @@ BREAKS = (
         """            killpoint("retry.inside")
 """,
         RETRY,
+    ),
+    Break(
+        "rows that are done are asked again",
+        "engine/feed.py",
+        "            left = self._wanted(part) & ~self._done.get(part, 0)\n",
+        "            left = self._wanted(part)\n",
+        WORLDS,
+    ),
+    Break(
+        "a row is asked once too often",
+        "retry.py",
+        "    if charged >= max_attempts:\n",
+        "    if charged > max_attempts:\n",
+        WORLDS,
     ),
 )
 
