@@ -279,7 +279,7 @@ def faults(world: World) -> None:
         world.settings["poison"] = {
             f"[row {row:05d}]": draw.choice([400, 413, 422, 409, 500, 500])
             for row in range(3, len(world.rows))
-            if row not in world.never and draw.random() < 0.03
+            if row not in world.never and draw.random() < 0.1
         }
 
 
