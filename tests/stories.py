@@ -172,7 +172,7 @@ class Kills:
         """No answer is asked for again that left 250 ms before a kill; a kill repeats no more than was in flight."""
         requests: dict[int, list[Entry]] = {}
         for entry in self.service.book:
-            if entry.path.endswith("completions"):
+            if entry.prompt:  # a key that is refused hides the question
                 requests.setdefault(row_of(entry), []).append(entry)
         repeated: Counter[float] = Counter()
         for row, entries in requests.items():

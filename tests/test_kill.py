@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from batcher.ledger import open_read_only
 from tests import stories
 
 ROWS = 600
@@ -71,6 +72,28 @@ def test_a_part_that_is_opened_again_survives_a_kill(tmp_path: Path, point: str)
         ended = stories.run(job)
         assert ended.returncode == 0, ended.stderr
         stories.check_complete(tmp_path / "out", 30, service)
+        story.check_repeats()
+
+
+def test_what_a_killed_run_recorded_is_published_by_a_run_that_ends_before_it_gets_there(tmp_path: Path) -> None:
+    """A pilot over all parts, killed; then all rows with a key that is refused: every recorded answer is published."""
+    stories.write_jsonl(tmp_path / "rows.jsonl", 1500)
+    with stories.service(key=stories.KEY) as service:
+        job = stories.write_job(tmp_path, service.url, in_flight=4)
+        words = ("run", str(job), "--set", "input.sample=60")
+        story = stories.Kills(tmp_path, service, job, in_flight=4, seed=0, words=words)
+        assert story.kill_once(40, within=0)
+        with open_read_only(tmp_path / "out" / "ledger.sqlite") as ledger:
+            recorded = {row for (row,) in ledger.execute("SELECT row FROM attempts")}
+        assert max(recorded) >= 500, "only the first part has anything of the pilot"
+        before = {*stories.column(tmp_path / "out", "responses", "row")} | recorded
+        ended = stories.run(job, STORY_KEY="sk-revoked-and-gone")
+        assert ended.returncode == 4, ended.stderr
+        assert {*stories.column(tmp_path / "out", "responses", "row")} == before
+        checked = stories.program("verify", str(tmp_path / "out"))
+        assert checked.returncode == 0, checked.stdout
+        assert stories.run(job).returncode == 0
+        stories.check_complete(tmp_path / "out", 1500, service)
         story.check_repeats()
 
 

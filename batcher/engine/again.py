@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from batcher.engine.feed import Feed, Reader
 from batcher.engine.prepared import agree_again, prepare
+from batcher.engine.publish import Range
 from batcher.engine.run import exclusively, live
 from batcher.engine.threads import aside
 from batcher.errors import JobError, StorageError
@@ -243,17 +244,23 @@ class _Again(Feed):
     async def work(self) -> None:
         """Offer what is left. Raises JobError when the input cannot be read on."""
         for part in self._waiting:
-            if self._turns.closed or not await self._ask(part, self._parts[part]):
+            if self._turns.closed or not await self._ask(part):
                 break
         self.ended = True
 
-    async def _ask(self, part: int, record: PartRecord) -> bool:
-        """Offer one part's rows that are asked again; false when the run ends in it."""
+    async def _range(self, part: int) -> Range:
+        """A part as it is, with what its rows that are asked again had come to."""
+        record = self._parts[part]
         rows = range(part * self._size, record.stop)
-        again = await aside(self._ledger.again, UNIT, rows.start, rows.stop)
+        return Range(part, rows, record, await aside(self._ledger.again, UNIT, rows.start, rows.stop))
+
+    async def _ask(self, part: int) -> bool:
+        """Offer one part's rows that are asked again; false when the run ends in it."""
+        opened = await self._range(part)
+        rows, again = opened.rows, opened.again
         progress = self._progress.pop(part, None) or Progress(frozenset(), 0, {})
         wanted = again.keys() - progress.done
-        opened = await self._press.begin(part, rows, record, len(wanted), self._dispatcher.window.ceiling, again)
+        await self._press.begin(opened, len(wanted), self._dispatcher.window.ceiling)
         opened.changed = bool(progress.done)
         # Their attempts are counted on from those of before; what failed then is forgiven.
         before: dict[int, tuple[int, dict[Kind, int]]] = {row: (again[row].attempts, {}) for row in wanted}

@@ -10,7 +10,7 @@ from batcher import bits
 from batcher.engine import selection
 from batcher.engine.counts import Counts
 from batcher.engine.prepared import Prepared
-from batcher.engine.publish import Press
+from batcher.engine.publish import Press, Range
 from batcher.engine.selection import LOOKED_AT, Selection, is_selective
 from batcher.engine.threads import abandonable, aside
 from batcher.engine.turns import Turns
@@ -168,16 +168,28 @@ class Feed:
         part, recorded = 0, max(self._progress, default=0)
         while not self._turns.closed and (part <= recorded or not self._beyond_all(part)):
             start = part * self._size
-            record, progress = self._parts.get(part), self._progress.get(part)
+            progress = self._progress.get(part)
             left = self._wanted(part) & ~self._done.get(part, 0)
             # What was recorded and not published is published now, selected or not.
-            if left or (progress is not None and progress.done) or (record is None and not part and not self.selected):
+            if left or (progress is not None and progress.done) or (not part and not self._parts and not self.selected):
                 if reader is None or reader.position != start:
                     reader = Reader(self._source.batches(start, self._prepared.composer.names), start)
-                if not await self._feed(part, self._stretch(part), record, left, reader):
+                if not await self._feed(part, left, reader):
                     break
             part += 1
         self.ended = True
+
+    async def reopen(self) -> None:
+        """Open the ranges that were not reached and of which earlier runs recorded more than they published."""
+        for part, progress in self._progress.items():
+            if progress.done:
+                opened = await self._range(part)
+                opened.changed = True
+                self._press.open[part] = opened
+
+    async def _range(self, part: int) -> Range:
+        """A range as it is before anything of it is offered."""
+        return Range(part, self._stretch(part), self._parts.get(part))
 
     def _beyond_all(self, part: int) -> bool:
         """Whether a range begins after the last selected row."""
@@ -194,16 +206,18 @@ class Feed:
         known = max(self._done.get(part, 0).bit_length(), record.settled - start if record else 1)
         return range(start, start + min(self._size, max(self._limit - start, known)))
 
-    async def _feed(self, part: int, rows: range, record: PartRecord | None, wanted: int, reader: "Reader") -> bool:
+    async def _feed(self, part: int, wanted: int, reader: "Reader") -> bool:
         """Offer these rows of one range; false when the input or the run ends in it."""
-        opened = await self._press.begin(part, rows, record, wanted.bit_count(), self._dispatcher.window.ceiling)
+        opened = await self._range(part)
+        rows = opened.rows
+        await self._press.begin(opened, wanted.bit_count(), self._dispatcher.window.ceiling)
         opened.done = self._done.get(part, 0) | wanted
         progress = self._progress.pop(part, None) or Progress(frozenset(), 0, {})
         opened.changed = bool(progress.done)
         seen = rows.start
         async for batch in reader.until(rows.stop):
             if seen == rows.start:
-                self._note(part, rows, record)
+                self._note(part, rows)
             some = bits.cut(wanted, seen - rows.start, seen - rows.start + len(batch))
             seen = batch[-1].position + 1
             left = batch if some == bits.first(len(batch)) else [batch[index] for index in bits.rows(some)]
@@ -223,9 +237,9 @@ class Feed:
             self._press.publish_if_complete(opened)
         return seen == rows.stop
 
-    def _note(self, part: int, rows: range, record: PartRecord | None) -> None:
+    def _note(self, part: int, rows: range) -> None:
         """Let the next run know where the range starts in the input."""
-        known = record or PartRecord(stop=rows.stop, settled=rows.start)
+        known = self._parts.get(part) or PartRecord(stop=rows.stop, settled=rows.start)
         self._ledger.open_part(UNIT, part, msgspec.structs.replace(known, place=self._source.places.get(rows.start)))
 
     def _turn(self, row: Row, tried: Mapping[int, tuple[int, dict[Kind, int]]]) -> Turn | None:

@@ -74,23 +74,14 @@ class Press:
         self.full = False
         """Whether the feed waits because too many ranges are open."""
 
-    async def begin(
-        self,
-        part: int,
-        rows: range,
-        record: PartRecord | None,
-        left: int,
-        window: int,
-        again: Mapping[int, Former] | None = None,
-    ) -> Range:
+    async def begin(self, opened: Range, left: int, window: int) -> None:
         """Open a range in which so many rows are left, as soon as not too many are open."""
         while len(self.open) >= OPEN_RANGES + 2 * window // max(1, left) and not self._closed:
             self._room.clear()
             self.full = True
             await self._room.wait()
         self.full = False
-        self.open[part] = opened = Range(part, rows, record, again)
-        return opened
+        self.open[opened.part] = opened
 
     @property
     def behind(self) -> bool:

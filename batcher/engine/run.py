@@ -186,6 +186,7 @@ class _Run:
                             crew.start_soon(self._attempts.work)
                 await self._settle()
                 if not self._hasty:
+                    await self._feed.reopen()
                     await self._press.publish_open()
                 rooms.cancel_scope.cancel()
         finally:
