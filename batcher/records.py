@@ -92,6 +92,10 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     cache_key: str | None = None
     endpoint: str = "chat"
     """chat or completions."""
+    tier: str | None = None
+    """The service tier that is asked for; None where the job names none."""
+    stream: bool = False
+    """Whether the answer comes as a stream of events."""
 
 
 class Turn(msgspec.Struct, gc=False):
@@ -234,6 +238,7 @@ class Attempt(msgspec.Struct, array_like=True, gc=False):
     message: str | None = None
     retry_after: float | None = None
     paid: bool = False
+    tier: str | None = None
 
 
 class Price(msgspec.Struct, frozen=True):

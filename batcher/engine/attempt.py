@@ -213,6 +213,7 @@ def _recorded(ticket: Ticket, result: Reply | Failure) -> Attempt:
         cache_key=request.cache_key,
         body=result.body,
         status=result.status,
+        tier=request.tier,
     )
 
 
