@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 
 from batcher.errors import JobError
@@ -18,7 +17,10 @@ class Condition:
     """
 
     def __init__(self, sql: str, schema: pa.Schema, place: str) -> None:
+        import duckdb  # its loading is a good part of a start, and most jobs have no condition
+
         self._place = place
+        self._error = duckdb.Error
         self._query = f"SELECT coalesce(({sql}\n)::BOOLEAN, false) FROM rows"
         # It is the user's own condition, but a condition that reads files or the net is none.
         self._database = duckdb.connect(config={"enable_external_access": "false"})
@@ -43,7 +45,7 @@ class Condition:
             if rows is not None:
                 self._database.register("rows", rows)
             return self._database.sql(query, params=values).to_arrow_table().column(0)
-        except duckdb.Error as error:
+        except self._error as error:
             raise JobError(f"{self._place}: {str(error).splitlines()[0]}") from None
 
 

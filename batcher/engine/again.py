@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import pyarrow as pa
@@ -23,9 +23,7 @@ from batcher.ledger import Ledger, Progress
 from batcher.records import UNIT, Former, Kind, PartRecord, Retried, Snapshot, Summary
 from batcher.sink import Shape
 from batcher.transport import Transport
-
-if TYPE_CHECKING:
-    from batcher.where import Condition  # brings DuckDB with it, which only a condition needs
+from batcher.where import Condition
 
 _FORMER = ("attempts", "started_at", "billed_prompt_tokens", "billed_completion_tokens", "cost_usd")
 
@@ -138,7 +136,7 @@ def _begin(retrial: Retrial, shape: Shape) -> int:
 class _Holds(NamedTuple):
     """A condition over the columns of responses and failures; one that a file has not is null in it."""
 
-    condition: "Condition"
+    condition: Condition
     schema: pa.Schema
 
     def mask(self, batch: pa.RecordBatch) -> pa.BooleanArray:
@@ -152,8 +150,6 @@ class _Holds(NamedTuple):
 
 
 def _condition(sql: str, shape: Shape) -> _Holds:
-    from batcher.where import Condition
-
     responses, failures = shape.responses(), shape.failures()
     schema = pa.schema([*responses, *(field for field in failures if field.name not in responses.names)])
     return _Holds(Condition(sql, schema, "--where"), schema)
