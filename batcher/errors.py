@@ -1,5 +1,8 @@
 """The few exceptions that end a run, one per exit code; a row's failure is never one of them."""
 
+import errno
+import os
+
 
 class BatcherError(Exception):
     """What ended a run, in one or two lines that say what to do."""
@@ -25,10 +28,24 @@ class OutputInUseError(BatcherError):
     exit_code = 5
 
 
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "let it be written, or name another output,"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+}
+
+
 class StorageError(BatcherError):
     """The local disk refused: full, read-only, damaged, or of a kind that cannot keep promises."""
 
     exit_code = 6
+
+    @classmethod
+    def of(cls, place: str | os.PathLike[str], error: OSError) -> "StorageError":
+        """What the system said of a file or folder that it does not write, and what to do."""
+        why = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+        what = _ADVICE.get(error.errno or 0, "look after the disk")
+        return cls(f"{place} cannot be written: {why}; {what} and run the same command again")
 
 
 class PausedError(BatcherError):

@@ -1,6 +1,7 @@
 """What is recorded, what is published, what is left: SQLite with one writer and group commit."""
 
 import asyncio
+import errno
 import fcntl
 import os
 import re
@@ -288,10 +289,13 @@ class Ledger:
             with self._reserve.open("wb") as file:
                 file.write(bytes(RESERVE_BYTES))
         except OSError as error:
-            self._reserve.unlink(missing_ok=True)
-            raise StorageError(
-                f"{self.path.parent}: {error.strerror}; {RESERVE_BYTES >> 20} MiB must be free"
-            ) from None
+            self._free_reserve()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StorageError(
+                    f"{self.path.parent}: {os.strerror(error.errno)}; {RESERVE_BYTES >> 20} MiB must be free\n"
+                    "free some space and run the same command again"
+                ) from None
+            raise StorageError.of(self._reserve, error) from None
         self._loop = asyncio.get_running_loop()
         self._on_durable, self._on_trouble = on_durable, on_trouble
         with _told_as_storage_errors(self.path):
@@ -380,7 +384,11 @@ class Ledger:
                 self._shrink()
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._db.close()
-        self._reserve.unlink(missing_ok=True)
+        self._free_reserve()
+
+    def _free_reserve(self) -> None:
+        with suppress(OSError):  # not there, or on a disk that was made read-only meanwhile
+            self._reserve.unlink()
 
     def _shrink(self) -> None:
         """Give back the space of answers that have gone to their parts, when what is left is little to copy."""
@@ -455,7 +463,7 @@ class Ledger:
                 trouble = _storage_error(self.path, error)
                 if not told:
                     told = True
-                    self._reserve.unlink(missing_ok=True)
+                    self._free_reserve()
                     self._tell(self._on_trouble, trouble)
                 elif self._stopped.wait(0.2):
                     return trouble
@@ -718,12 +726,13 @@ def _told_as_storage_errors(path: Path) -> Iterator[None]:
         raise _damaged(path, error) from None
 
 
-def _free(folder: Path) -> int:
+def _full(folder: Path) -> bool:
+    """Whether the disk has little space left, or room for no more files: SQLite does not always say so."""
     try:
         free = os.statvfs(folder)
     except OSError:
-        return RESERVE_BYTES
-    return free.f_bavail * free.f_frsize
+        return False
+    return free.f_bavail * free.f_frsize < RESERVE_BYTES or (free.f_files > 0 and not free.f_favail)
 
 
 def _damaged(path: Path, error: Exception) -> StorageError:
@@ -733,7 +742,7 @@ def _damaged(path: Path, error: Exception) -> StorageError:
 
 def _storage_error(path: Path, error: Exception) -> StorageError:
     text = " ".join(str(error).split())
-    if "disk is full" in text or ("disk I/O error" in text and _free(path.parent) < RESERVE_BYTES):
+    if "disk is full" in text or (("disk I/O error" in text or "unable to open" in text) and _full(path.parent)):
         return StorageError(f"{path.parent}: no space left on the device; free some and run the same command again")
     if "readonly" in text or "unable to open" in text:
         return StorageError(f"{path}: cannot be written; check the folder's permissions")

@@ -195,7 +195,7 @@ class Sink:
                 leftover.unlink()
             _sync_folder(self.folder)
         except OSError as error:
-            raise StorageError(f"{self.folder}: {error.strerror}") from None
+            raise StorageError.of(self.folder, error) from None
 
     def finish(self) -> None:
         """Clear the workshop away; what somebody else put there stays."""
@@ -232,8 +232,7 @@ class Sink:
                         writer.close()
                     (self._workshop / f"{name}-{part:06d}").unlink(missing_ok=True)
             if isinstance(error, OSError):
-                why = error.strerror or str(error)
-                raise StorageError(f"{self.folder}: part {part} cannot be written: {why}; run again") from None
+                raise StorageError.of(f"{self.folder}: part {part}", error) from None
             raise
 
     def _build(

@@ -116,7 +116,10 @@ def exclusively(output: Path, ledger: Path) -> Iterator[None]:
         stack.enter_context(Lock(output))
         if ledger.parent != output:
             beside = ledger.with_name(ledger.name + ".lock")
-            _write_whole(beside, b"")
+            try:
+                beside.touch()  # never put in place anew: who holds the former file would hold nothing
+            except OSError as error:
+                raise StorageError.of(beside, error) from None
             stack.enter_context(Lock(beside))
         yield
 
@@ -234,7 +237,7 @@ class _Run:
             self._turns.close()
             self._press.close()
             self._attempts.disk.set()
-            self._sending.deadline = anyio.current_time() + DRAIN
+            self._sending.deadline = self._now() + DRAIN
 
     async def _settle(self) -> None:
         """Everything that arrived becomes durable, or the run ends without it."""
@@ -359,8 +362,9 @@ class _Run:
         if self._ending is None and pending:
             self._ending = StorageError(f"{pending} rows have no outcome; run the same command again")
         finished_at = datetime.now(UTC).isoformat(timespec="seconds")
-        if self._ending is None:
-            self._ledger.end_retry(finished_at)
+        retries = self._ledger.retries()
+        if self._ending is None and retries and retries[-1].finished_at is None:
+            retries = (*retries[:-1], msgspec.structs.replace(retries[-1], finished_at=finished_at))
         states = {InterruptedRunError: "interrupted", PausedError: "paused"}
         summary = Summary(
             name=self._prepared.job.name,
@@ -373,13 +377,18 @@ class _Run:
             seconds=round(self._now() - self._started, 3),
             requests=self._counts.requests,
             version=version("batcher"),
-            retries=self._ledger.retries(),
+            retries=retries,
         )
         self._enter(summary.state)
         if not self._hasty:
             text = msgspec.json.format(msgspec.json.encode(summary), indent=2)
-            _write_whole(self._prepared.job.output_folder / "summary.json", text)
-            self._press.finish()
+            try:
+                _write_whole(self._prepared.job.output_folder / "summary.json", text)
+                if self._ending is None:
+                    self._ledger.end_retry(finished_at)  # last: whatever fails before, the same command goes on with it
+                self._press.finish()
+            except StorageError as error:
+                self._ending = self._ending or error
         self._tick()
         if self._watcher is not None:
             self._watcher(self._snapshot())
@@ -421,7 +430,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"{folder}: cannot be made: {error.strerror}") from None
+        raise StorageError.of(folder, error) from None
 
 
 def _write_whole(path: Path, content: bytes) -> None:
@@ -436,4 +445,4 @@ def _write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written: {error.strerror}") from None
+        raise StorageError.of(path, error) from None

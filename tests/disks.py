@@ -1,0 +1,101 @@
+"""Small, full, read-only disks for the program to run on, mounted where nobody else sees them."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import stories
+
+
+def may_mount() -> bool:
+    """Whether this process may mount a file system in a namespace of its own, and enter it again."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("nsenter") is None:
+        return False
+    return subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode == 0
+
+
+class Disk:
+    """A disk at `path`, for those whom `enter` brings to it; the test itself looks at it through `seen`."""
+
+    def __init__(self, path: Path, holder: int) -> None:
+        self.path = path
+        self.enter = ("nsenter", "-t", str(holder), "-m", "-w", "--")
+        self.seen = Path(f"/proc/{holder}/root{path}")
+
+    def program(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """The program where the disk is, run to its end."""
+        with self.begin(*words, **more) as process:
+            said = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(words, process.returncode, *said)
+
+    def begin(self, *words: str, **more: str) -> subprocess.Popen[str]:
+        """The program where the disk is, started."""
+        return subprocess.Popen(
+            [*self.enter, *stories.command(*words)],
+            env=stories.environment(**more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def remount(self, options: str) -> None:
+        """Change how large the disk is, or whether it may be written."""
+        subprocess.run([*self.enter, "mount", "-o", f"remount,{options}", str(self.path)], check=True)
+
+    def free(self) -> int:
+        """Bytes that are free."""
+        found = os.statvfs(self.seen)
+        return found.f_bavail * found.f_frsize
+
+    def fill(self, leave: int = 64 << 10) -> None:
+        """Take the space but so many bytes; what the program gives free later stays free."""
+        with (self.seen / "ballast").open("ab") as file:
+            size = self.free() - leave
+            while size > 0:  # the program writes too
+                try:
+                    os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, size)
+                except OSError:
+                    size //= 2
+                else:
+                    return
+
+    def clear(self) -> None:
+        """Give back what was taken."""
+        (self.seen / "ballast").unlink()
+
+
+@contextlib.contextmanager
+def tmpfs(path: Path, options: str) -> Iterator[Disk]:
+    """A disk in memory at this path, such as `size=40m`."""
+    if not may_mount():
+        pytest.skip("mounting a small disk needs root")
+    path.mkdir()
+    script = 'mount -t tmpfs -o "$1" none "$0" && echo mounted && exec cat'
+    with subprocess.Popen(
+        ["unshare", "-m", "sh", "-c", script, str(path), options], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"mounted\n"
+        yield Disk(path, holder.pid)
+
+
+def until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Look again and again until something holds of a program that goes on."""
+    deadline = time.monotonic() + 60
+    while not true():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.002)
+
+
+def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """A program's end, and what it has said."""
+    with process:
+        said = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
