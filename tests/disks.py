@@ -27,22 +27,16 @@ class Disk:
         self.path = path
         self.enter = ("nsenter", "-t", str(holder), "-m", "-w", "--")
         self.seen = Path(f"/proc/{holder}/root{path}")
+        self.begun: list[subprocess.Popen[str]] = []
 
     def program(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
         """The program where the disk is, run to its end."""
-        with self.begin(*words, **more) as process:
-            said = process.communicate(timeout=120)
-        return subprocess.CompletedProcess(words, process.returncode, *said)
+        return ended(self.begin(*words, **more))
 
     def begin(self, *words: str, **more: str) -> subprocess.Popen[str]:
         """The program where the disk is, started."""
-        return subprocess.Popen(
-            [*self.enter, *stories.command(*words)],
-            env=stories.environment(**more),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.begun.append(begin([*self.enter, *stories.command(*words)], **more))
+        return self.begun[-1]
 
     def remount(self, options: str) -> None:
         """Change how large the disk is, or whether it may be written."""
@@ -82,7 +76,24 @@ def tmpfs(path: Path, options: str) -> Iterator[Disk]:
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"mounted\n"
-        yield Disk(path, holder.pid)
+        disk = Disk(path, holder.pid)
+        try:
+            yield disk
+        finally:
+            stop(disk.begun)
+
+
+def begin(command: list[str], **more: str) -> subprocess.Popen[str]:
+    """A program that goes on, with what it says."""
+    environment, pipe = stories.environment(**more), subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def stop(begun: list[subprocess.Popen[str]]) -> None:
+    """End what a test that has failed has left behind."""
+    for process in begun:
+        with process:
+            process.kill()
 
 
 def until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -96,6 +107,5 @@ def until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     """A program's end, and what it has said."""
-    with process:
-        said = process.communicate(timeout=120)
+    said = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, *said)

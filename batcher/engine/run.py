@@ -63,8 +63,6 @@ async def run(
     `signals` the first SIGINT, SIGTERM or SIGHUP drains and the second stops. Raises the errors of batcher.errors.
     """
     prepared = await aside(prepare, job, base_url, table)
-    for folder in (job.output_folder, job.ledger_path.parent):
-        _make(folder)
     with exclusively(job.output_folder, job.ledger_path):
         if not job.ledger_path.exists() and any((job.output_folder / "responses").glob("*.parquet")):
             raise JobError(
@@ -113,14 +111,16 @@ async def live(
 def exclusively(output: Path, ledger: Path) -> Iterator[None]:
     """Keep other runs away from an output and its ledger. Raises OutputInUseError."""
     with ExitStack() as stack:
-        stack.enter_context(Lock(output))
         if ledger.parent != output:
+            _make(ledger.parent)
             beside = ledger.with_name(ledger.name + ".lock")
             try:
-                beside.touch()  # never put in place anew: who holds the former file would hold nothing
+                beside.open("ab").close()  # never a new file in its place: who holds the former one would hold nothing
             except OSError as error:
                 raise StorageError.of(beside, error) from None
             stack.enter_context(Lock(beside))
+        _make(output)
+        stack.enter_context(Lock(output))
         yield
 
 
