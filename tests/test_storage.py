@@ -232,8 +232,8 @@ def test_who_comes_second_writes_nothing_and_sends_nothing(tmp_path: Path, begin
         for words in (("run", str(job), "--quiet"), ("verify", output), ("retry", output)):
             assert "is in use by another run" in told(stories.program(*words), 5)
         if elsewhere:
-            words = ("run", str(job), "--quiet", "--set", "output.path=other")
-            assert "it.sqlite" in told(stories.program(*words), 5)
+            other = stories.run(job, "--quiet", "--set", "output.path=other")
+            assert "it.sqlite" in told(other, 5)
         assert stories.program("status", output).stdout.startswith(f"{output}: running")
         assert (len(service.book), state(tmp_path)) == (sent, before)
         first.send_signal(signal.SIGCONT)
