@@ -46,8 +46,8 @@ class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     api_key_env: _Text | None = None
     dialect: Literal["cerebras", "openai"] | None = None
     headers_env: _Text | None = None
-    encoding: Literal["json"] = "json"
-    compression: Literal["none"] = "none"
+    encoding: Literal["json", "msgpack"] = "json"
+    compression: Literal["none", "gzip"] = "none"
     timeout: float = 600.0
     proxy: bool = False
     prices: dict[str, Price] = {}
@@ -133,8 +133,6 @@ _LATER = {
 _LATER_VALUES = {
     ("request", "prompt_cache_key"): ("auto",),
     ("request", "max_completion_tokens"): ("auto",),
-    ("service", "encoding"): ("msgpack",),
-    ("service", "compression"): ("gzip",),
     ("schedule", "requests_per_minute"): ("auto",),
     ("schedule", "tokens_per_minute"): ("auto",),
     ("schedule", "uncached_tokens_per_minute"): ("auto",),

@@ -1,6 +1,7 @@
 """What a job would send, cost and take, found out without sending anything."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from batcher.dialects import PRICES_AS_OF
 from batcher.engine import LOOKED_AT, Prepared, Selection, first_rows, prepare, refuse_unserved, select
 from batcher.job import SIMULATOR, Job, Schedule, differences
 from batcher.ledger import done_rows, open_read_only, parts_of
+from batcher.payload import pack
 from batcher.records import PATHS, UNIT, Failure, Request
 from batcher.report import count, duration, money, printable
 from batcher.source import FileIdentity, changed
@@ -27,9 +29,9 @@ class Plan:
     url: str
     """Where the first request goes."""
     headers: Mapping[str, str]
-    """What goes with every request; of secrets only where they come from."""
+    """What goes with the first request; of secrets only where they come from."""
     body: bytes | None
-    """The first request's, as it will be sent; None where no row of the sample can become a request."""
+    """The first request's as JSON, before it is packed; None where no row of the sample can become a request."""
     rows: int
     """Selected rows."""
     done: int
@@ -81,7 +83,7 @@ def plan(job: Job) -> Plan:
         name=job.name,
         url=("(the embedded simulator)/v1" if job.service.base_url == SIMULATOR else prepared.url)
         + (PATHS[requests[0].endpoint] if requests else ""),
-        headers=_headers(prepared),
+        headers=_headers(prepared, requests[0].body if requests else b""),
         body=requests[0].body if requests else None,
         rows=rows,
         done=done,
@@ -139,9 +141,13 @@ def render(plan: Plan) -> str:
     return "\n".join([*request, "", *(printable(f"{name:<11}{text}") for name, text in lines)])
 
 
-def _headers(prepared: Prepared) -> dict[str, str]:
-    """The headers with every secret replaced by the name of its variable."""
+def _headers(prepared: Prepared, body: bytes) -> dict[str, str]:
+    """The headers of a request, with every secret replaced by the name of its variable."""
     shown = dict(prepared.headers)
+    service = prepared.job.service
+    with suppress(ValueError, OverflowError):  # a number that msgpack cannot hold: its row's failure, not the plan's
+        if body and pack(body, service.encoding, service.compression)[1]:
+            shown["Content-Encoding"] = "gzip"
     for name in prepared.extra:
         shown[name] = f"(from ${prepared.job.service.headers_env})"
     if prepared.key_env is not None:

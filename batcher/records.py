@@ -152,6 +152,8 @@ class Failure(msgspec.Struct, frozen=True, gc=False):
     paid: bool = False
     usage: "Usage | None" = None
     """What the service counted, where it said so all the same."""
+    packing: str | None = None
+    """How the body went (msgpack, gzip), where that may be why it was refused: none that went so was answered yet."""
 
 
 class ToolCall(msgspec.Struct, frozen=True, gc=False):

@@ -94,6 +94,7 @@ _REFUSALS = {Kind.REJECTED, Kind.FORBIDDEN, Kind.NOT_FOUND, Kind.MODEL_NOT_FOUND
 _PAGES = {Kind.NOT_JSON, Kind.TLS, Kind.REDIRECT}
 _HOPELESS = {Kind.CERTIFICATE, Kind.PROXY}
 _UNLESS_ANSWERED = {Kind.FORBIDDEN, Kind.NOT_FOUND, Kind.MODEL_NOT_FOUND, Kind.NOT_SERVED, Kind.REDIRECT}
+_UNSUPPORTED = 415
 REFUSALS_AT_FIRST = 20
 REFUSALS_IN_A_ROW = 500
 PAGES_IN_A_ROW = 5
@@ -112,6 +113,7 @@ class Guard:
     def __init__(self) -> None:
         self._answered = self._key_worked = False
         self._refusals = 0
+        self._unread = 0
         self._last: Failure | None = None
         self._misled: set[int] = set()
         self._refused_key = 0
@@ -137,6 +139,11 @@ class Guard:
         kind = failure.kind
         if kind in _HOPELESS or (kind in _UNLESS_ANSWERED and not self._answered):
             return ServiceError(_sentence(failure))
+        if failure.packing and self.holds(failure):
+            # Small bodies go unpacked and may well be answered, so answers say nothing here.
+            self._unread += 1
+            if failure.status == _UNSUPPORTED or self._unread >= REFUSALS_AT_FIRST:
+                return ServiceError(_sentence(failure))
         if kind is Kind.NO_CREDIT:
             return PausedError(
                 f"the account has no credit left: {_line(failure)}\nrun the same command again when it has"
@@ -192,4 +199,7 @@ def _sentence(failure: Failure) -> str:
         Kind.REDIRECT: "; put the address it names into service.base_url",
         Kind.CERTIFICATE: "; check service.base_url and this machine's certificates",
     }
-    return f"the service refuses{status}: {_line(failure)}{hints.get(failure.kind, '')}"
+    hint = hints.get(failure.kind, "")
+    if failure.packing:
+        hint = f"; no body sent as {failure.packing} was answered: check service.encoding and service.compression"
+    return f"the service refuses{status}: {_line(failure)}{hint}"

@@ -1,5 +1,7 @@
 """One request over HTTP: a reply or a failure, never an exception for a row's sake."""
 
+import asyncio
+import contextlib
 import errno
 import io
 import os
@@ -9,18 +11,22 @@ import ssl
 import time
 import urllib.request
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Final, Protocol
 
 import aiohttp
+import msgspec
 from aiohttp import hdrs
 from multidict import CIMultiDict
 from yarl import URL
 
 from batcher.dialects import Dialect
+from batcher.dialects.stream import Assembler, StreamTooLargeError
 from batcher.errors import JobError
+from batcher.payload import ASIDE_FROM, CONTENT_TYPES, pack
 from batcher.records import PATHS, Failure, Kind, Reply, Request, Timing
+from batcher.redact import redactor
 
 
 class Transport(Protocol):
@@ -38,8 +44,15 @@ _LARGE_REQUEST: Final = 1 << 20
 """Above this many bytes aiohttp wants a stream rather than one piece."""
 _REFUSAL_BYTES: Final = 1 << 16
 """As much of a refusal as is worth reading."""
-_SHORTEST_SECRET: Final = 8
-"""Anything shorter would be found in ordinary text."""
+_SILENCE: Final = 60.0
+"""Seconds that a stream may stand still once it has begun to answer."""
+_AFTERWARDS: Final = 1.0
+"""Seconds that a connection may take to end an answer that is whole, or it is not kept."""
+_WORDINESS: Final = 64
+"""Times that a stream may be longer than the answer in it: events of one token say everything else again."""
+_PIECE: Final = 1 << 18
+_UNREAD: Final = frozenset((400, 415, 422))
+"""Statuses of a service that cannot read a body."""
 _LONGEST_MESSAGE: Final = 500
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_FORBIDDEN: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
@@ -63,7 +76,8 @@ class HttpTransport:
     """Requests to one service over HTTP. Made inside a running event loop.
 
     `url` is the service's base address, `timeout` the seconds that a whole request may take. `secrets` are cut out of
-    everything that comes back. JobError when the address or a header cannot be sent.
+    everything that comes back. `encoding` and `compression` are the job's. JobError when the address or a header cannot
+    be sent.
     """
 
     def __init__(
@@ -76,6 +90,8 @@ class HttpTransport:
         proxy_from_environment: bool = False,
         max_wire_bytes: int = 4 << 20,
         max_body_bytes: int = 8 << 20,
+        encoding: str = "json",
+        compression: str = "none",
     ) -> None:
         self._url = _address(url)
         self._urls = {endpoint: _address(url + path) for endpoint, path in PATHS.items()}
@@ -84,11 +100,13 @@ class HttpTransport:
         self._max_wire_bytes = max_wire_bytes
         self._max_body_bytes = max_body_bytes
         proxy = _proxy(self._url) if proxy_from_environment else None
-        hidden = [*secrets, *_passwords(proxy)]
-        self._secrets = tuple(secret.encode() for secret in hidden if len(secret) >= _SHORTEST_SECRET)
+        self._redact = redactor([*secrets, *_passwords(proxy)])
+        self._encoding, self._compression = encoding, compression
+        self._plain = encoding == "json" and compression == "none"
+        self._read: set[str] = set()  # how bodies were packed that the service has answered
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, socket_factory=_open_socket),
-            headers=_checked({**_HEADERS, **dialect.headers}, headers),
+            headers=_checked({**_HEADERS, **dialect.headers}, {**headers, hdrs.CONTENT_TYPE: CONTENT_TYPES[encoding]}),
             cookie_jar=aiohttp.DummyCookieJar(),
             # No limit on silence: a service that thinks for minutes is silent, too.
             timeout=aiohttp.ClientTimeout(
@@ -104,44 +122,65 @@ class HttpTransport:
         """Ask once, and read the answer to its end."""
         opened: list[bool] = []
         _opened.set(opened)
-        body = request.body
+        body, packing = request.body, ""
         response: aiohttp.ClientResponse | None = None
+        events: _Events | None = None
         sent_at = time.time_ns() // 1000
         started = time.perf_counter()
         try:
+            if not self._plain:
+                body, packing = await self._packed(body)
             response = await self._session.post(
                 self._urls[request.endpoint],
                 data=body if len(body) <= _LARGE_REQUEST else io.BytesIO(body),
+                headers=_GZIPPED if packing.endswith("gzip") else None,
                 allow_redirects=False,
             )
             status = response.status
-            answer = await (self._whole(response) if status == 200 else self._start(response))
-            timing = Timing(sent_at, time.perf_counter() - started)
+            if status != 200:
+                answer = await self._start(response)
+            elif "event-stream" not in response.headers.get(hdrs.CONTENT_TYPE, ""):
+                answer = await self._whole(response)
+            else:
+                events = _Events()
+                answer = await events.read(response, self._max_body_bytes)
+            timing = _timing(sent_at, started, events)
         except MemoryError:
             raise
         except Exception as error:
-            timing = Timing(sent_at, time.perf_counter() - started)
+            timing = _timing(sent_at, started, events)
             kind, message, paid = self._meaning(error, reused=not opened, begun=response is not None)
             return self._failure(kind, message, timing, None if response is None else response.status, paid=paid)
         finally:
             if response is not None and not response.closed:
                 response.close()
-        for secret in self._secrets:
-            if secret in answer:
-                answer = answer.replace(secret, b"[redacted]")
-        reply = Reply(status, response.headers, answer, timing)
+        reply = Reply(status, response.headers, self._redact(answer), timing)
         if status == 200:
+            if packing:
+                self._read.add(packing)
             return reply
         if status < 300:
             message = f"status {status} where 200 was expected"
-            return self._failure(Kind.MALFORMED_RESPONSE, message, timing, status, answer, paid=True)
+            return self._failure(Kind.MALFORMED_RESPONSE, message, timing, status, reply.body, paid=True)
         if status < 400:
-            return self._failure(Kind.REDIRECT, self._redirection(response), timing, status, answer)
-        return self._dialect.refusal(reply)
+            return self._failure(Kind.REDIRECT, self._redirection(response), timing, status, reply.body)
+        refusal = self._dialect.refusal(reply)
+        if packing and status in _UNREAD and packing not in self._read:
+            return msgspec.structs.replace(refusal, packing=packing)
+        return refusal
 
     async def close(self) -> None:
         """Close every connection."""
         await self._session.close()
+
+    async def _packed(self, body: bytes) -> tuple[bytes, str]:
+        """A body as it is sent, and how it was packed. ValueError or OverflowError when it cannot be."""
+        arguments = body, self._encoding, self._compression
+        if len(body) < ASIDE_FROM:
+            packed, gzipped = pack(*arguments)
+        else:
+            packed, gzipped = await asyncio.get_running_loop().run_in_executor(None, pack, *arguments)
+        return packed, "+".join([self._encoding] * (self._encoding != "json") + ["gzip"] * gzipped)
 
     async def _whole(self, response: aiohttp.ClientResponse) -> bytes:
         """The body of an answer, unpacked."""
@@ -170,6 +209,8 @@ class HttpTransport:
         match error:
             case _UnreadableError():
                 return error.kind, str(error), True
+            case StreamTooLargeError():
+                return Kind.RESPONSE_TOO_LARGE, f"the answer is longer than {self._max_body_bytes:,} bytes", True
             case aiohttp.ClientConnectorCertificateError(certificate_error=ssl.SSLCertVerificationError() as reason):
                 return Kind.CERTIFICATE, f"the certificate of {host} is not valid: {reason.verify_message}", False
             case aiohttp.ClientConnectorCertificateError() | aiohttp.ServerFingerprintMismatch():
@@ -222,12 +263,52 @@ class HttpTransport:
         *,
         paid: bool = False,
     ) -> Failure:
-        words = " ".join(message.split())[:_LONGEST_MESSAGE].encode("utf-8", "replace")
-        for secret in self._secrets:
-            words = words.replace(secret, b"[redacted]")
-        return Failure(kind, words.decode("utf-8", "replace"), timing, status, body=body, paid=paid)
+        words = self._redact(" ".join(message.split()).encode("utf-8", "replace")).decode("utf-8", "replace")
+        return Failure(kind, words[:_LONGEST_MESSAGE], timing, status, body=body, paid=paid)
 
 
+class _Events:
+    """A streamed answer as it is read, with the moments (of `time.perf_counter`) that matter: begun, and whole."""
+
+    def __init__(self) -> None:
+        self.begun: float | None = None
+        self.ended: float | None = None
+
+    async def read(self, response: aiohttp.ClientResponse, most: int) -> bytes:
+        """The answer as it comes without streaming, never more than `most` bytes of it in memory."""
+        now = asyncio.get_running_loop().time
+        events, unpacked = Assembler(most), _unpacking(response.headers.get(hdrs.CONTENT_ENCODING, ""))
+        came, renewed = 0, 0.0
+        try:
+            async with asyncio.timeout(None) as patience:
+                while not events.ended and (piece := await response.content.readany()):
+                    for plain in unpacked(piece):
+                        came += len(plain)
+                        if came > most * _WORDINESS:
+                            raise StreamTooLargeError
+                        events.feed(plain)
+                    if events.begun:
+                        if self.begun is None:
+                            self.begun = time.perf_counter()
+                        if (
+                            moment := now()
+                        ) >= renewed + 1.0:  # a timer for every token would cost too much
+                            renewed = moment
+                            patience.reschedule(moment + _SILENCE)
+        except TimeoutError:
+            if patience.expired():
+                raise _UnreadableError(Kind.TIMEOUT, f"the answer stood still for {_SILENCE:g} s") from None
+            raise
+        answer = events.finish()
+        self.ended = time.perf_counter()
+        if events.ended:
+            await _end(response)
+        elif not events.complete and not _delimited(response):
+            raise aiohttp.ClientPayloadError
+        return answer
+
+
+_GZIPPED: Final[Mapping[str, str]] = {hdrs.CONTENT_ENCODING: "gzip"}
 _HEADERS: Final[Mapping[str, str]] = {
     "Accept": "application/json",
     "Accept-Encoding": "gzip",
@@ -256,23 +337,72 @@ async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
     return b"".join(pieces)
 
 
+async def _end(response: aiohttp.ClientResponse) -> None:
+    """Read what little follows an answer that is whole, so that its connection can be kept."""
+    with contextlib.suppress(aiohttp.ClientError, OSError):
+        if not response.content.at_eof():
+            async with asyncio.timeout(_AFTERWARDS):
+                await _read(response, _REFUSAL_BYTES)
+
+
+def _delimited(response: aiohttp.ClientResponse) -> bool:
+    """Whether HTTP says where the body ends; else a broken connection looks like an end."""
+    headers = response.headers
+    return hdrs.CONTENT_LENGTH in headers or "chunked" in headers.get(hdrs.TRANSFER_ENCODING, "").lower()
+
+
+def _timing(sent_at: int, started: float, events: _Events | None) -> Timing:
+    if events is None:
+        return Timing(sent_at, time.perf_counter() - started)
+    ended = time.perf_counter() if events.ended is None else events.ended
+    return Timing(sent_at, ended - started, None if events.begun is None else events.begun - started)
+
+
 def _unpacked(body: bytes, encoding: str, most: int) -> bytes:
     """The body without its content encoding, never more than `most` bytes of it in memory."""
-    name = encoding.strip().lower()
-    if name in ("", "identity"):
+    unpacker = _unpacker(encoding)
+    if unpacker is None:
         return body
-    if name not in ("gzip", "x-gzip", "deflate"):
-        raise _UnreadableError(Kind.MALFORMED_RESPONSE, f"the answer is packed as {name}, which was not asked for")
-    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
     try:
         unpacked = unpacker.decompress(body, most + 1)
     except zlib.error as error:
-        raise _UnreadableError(Kind.MALFORMED_RESPONSE, f"the answer cannot be unpacked: {error}") from None
+        raise _not_unpacked(error) from None
     if len(unpacked) > most:
         raise _too_large(most)
     if not unpacker.eof or unpacker.unused_data:
-        raise _UnreadableError(Kind.MALFORMED_RESPONSE, "the answer cannot be unpacked: its length is wrong")
+        raise _not_unpacked("its length is wrong")
     return unpacked
+
+
+def _unpacking(encoding: str) -> Callable[[bytes], Iterator[bytes]]:
+    """What takes the content encoding off a body as it comes, a little of it in memory at a time."""
+    unpacker = _unpacker(encoding)
+    if unpacker is None:
+        return lambda piece: iter((piece,))
+
+    def unpacked(piece: bytes) -> Iterator[bytes]:
+        while piece:
+            try:
+                plain = unpacker.decompress(piece, _PIECE)
+            except zlib.error as error:
+                raise _not_unpacked(error) from None
+            piece = unpacker.unconsumed_tail
+            yield plain
+
+    return unpacked
+
+
+def _unpacker(encoding: str) -> "zlib._Decompress | None":
+    name = encoding.strip().lower()
+    if name in ("", "identity"):
+        return None
+    if name not in ("gzip", "x-gzip", "deflate"):
+        raise _UnreadableError(Kind.MALFORMED_RESPONSE, f"the answer is packed as {name}, which was not asked for")
+    return zlib.decompressobj(zlib.MAX_WBITS | 32)
+
+
+def _not_unpacked(why: object) -> _UnreadableError:
+    return _UnreadableError(Kind.MALFORMED_RESPONSE, f"the answer cannot be unpacked: {why}")
 
 
 def _too_large(most: int) -> _UnreadableError:

@@ -191,7 +191,7 @@ WRONG = [
     ("request.messages", [], ["request", "prompt", "or messages"]),
     ("service.base_url", 5, ["service.base_url: a text"]),
     ("service.dialect", "anthropic", ["service.dialect: cerebras or openai, not 'anthropic'"]),
-    ("service.encoding", "xml", ["service.encoding: json, not 'xml'"]),
+    ("service.encoding", "xml", ["service.encoding: json or msgpack, not 'xml'"]),
     (
         "service.api_key_env",
         ["csk-secret"],
@@ -236,8 +236,6 @@ LATER = [
     ("request.queue_threshold", 2000),
     ("request.prompt_cache_key", "auto"),
     ("request.max_completion_tokens", "auto"),
-    ("service.encoding", "msgpack"),
-    ("service.compression", "gzip"),
     ("schedule.service_tier", ["flex", "default"]),
     ("schedule.queue_threshold", "2s"),
     ("schedule.requests_per_minute", "auto"),

@@ -11,7 +11,7 @@ import batcher
 ROOT = Path(batcher.__file__).parent
 
 FLOORS = (
-    {"bits", "errors", "killpoint"},
+    {"bits", "errors", "killpoint", "payload", "redact"},
     {"records"},
     {"store"},
     {"job"},

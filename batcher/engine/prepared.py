@@ -15,6 +15,7 @@ from batcher.errors import JobError
 from batcher.job import SIMULATOR, Job, RequestTemplate, differences
 from batcher.ledger import Ledger, open_read_only
 from batcher.parse import AnswerSchema, format_schema
+from batcher.payload import CONTENT_TYPES
 from batcher.prompt import Composer
 from batcher.sink import Shape
 from batcher.source import FileIdentity, Source, changed, open_source, open_table
@@ -63,7 +64,7 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
     if key_env is None and not local and dialects.at_home(dialect, base_url):
         key_env = dialect.api_key_env
     extra = _extra_headers(service.headers_env, origin)
-    headers = {"Content-Type": "application/json", **dialect.headers, **extra}
+    headers = {"Content-Type": CONTENT_TYPES[service.encoding], **dialect.headers, **extra}
     secrets = tuple(
         word for field, value in extra.items() if _SECRET.search(field) for word in {value, *value.split()[-1:]}
     )

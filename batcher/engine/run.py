@@ -98,6 +98,8 @@ async def live(
         service.timeout,
         secrets=prepared.secrets,
         proxy_from_environment=service.proxy,
+        encoding=service.encoding,
+        compression=service.compression,
     )
     try:
         with _collecting_rarely():
