@@ -78,6 +78,11 @@ class Question(Struct, frozen=True):
     json: bool = False
     schema: answers.Schema | None = None
     effort: str | None = None
+    tier: str | None = None  # as the request says it
+    threshold: float | None = None  # seconds that it would queue at most
+    cache_key: str | None = None
+    prefix: str = ""  # all that the model reads in the order in which it does, tools first
+    prediction: str | None = None
 
 
 class Parameters(Struct):
