@@ -372,13 +372,56 @@ def schema() -> None:
 def simulator(
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    requests_per_minute: Annotated[int, typer.Option(help="The request limit of each model; 0 is none.", min=0)] = 1000,
-    tokens_per_minute: Annotated[
-        int, typer.Option(help="The token limit of each model; 0 is none.", min=0)
-    ] = 1_000_000,
-    latency: Annotated[float, typer.Option(help="Seconds that every answer takes before its tokens.", min=0)] = 0.05,
-    capacity: Annotated[int, typer.Option(help="Requests served at once, the others queue; 0 is no bound.", min=0)] = 0,
     key: Annotated[str | None, typer.Option(help="The only key that is accepted; any when absent.")] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help="The request limit of each model, else by plan; 0 is none.", min=0)
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(help="The token limit of each model, else by plan; 0 is none.", min=0)
+    ] = None,
+    uncached_tokens_per_minute: Annotated[
+        int | None, typer.Option(help="The limit of tokens that no cache had, else by plan; 0 is none.", min=0)
+    ] = None,
+    limits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--limit",
+            metavar="[MODEL:][TIER:]BUCKET=N",
+            help="Any limit, such as requests-day=5000 or flex:tokens-minute=9000000; repeatable.",
+        ),
+    ] = None,
+    flex_limits: Annotated[float, typer.Option(help="How many times the others' limits flex has.")] = 5.0,
+    others: Annotated[float, typer.Option(help="The share of every limit that other clients use.", min=0, max=1)] = 0.0,
+    keep_reservation: Annotated[
+        bool, typer.Option("--keep-reservation", help="Tokens charged beforehand and not used are not given back.")
+    ] = False,
+    rate_headers: Annotated[
+        Literal["all", "answers", "none"], typer.Option(help="Which answers tell the limits; answers: all but 429s.")
+    ] = "all",
+    retry_after: Annotated[bool, typer.Option("--retry-after", help="Send that header with refusals.")] = False,
+    latency: Annotated[float, typer.Option(help="Seconds that every answer takes before its tokens.", min=0)] = 0.05,
+    prompt_token: Annotated[float, typer.Option(help="Seconds to read a token of the prompt.", min=0)] = 0.000_03,
+    completion_token: Annotated[float, typer.Option(help="Seconds to say a token.", min=0)] = 0.000_8,
+    jitter: Annotated[
+        float, typer.Option(help="The share by which answers take longer or shorter.", min=0, max=1)
+    ] = 0.1,
+    capacity: Annotated[int, typer.Option(help="Requests served at once, the others queue; 0 is no bound.", min=0)] = 0,
+    tier_capacity: Annotated[
+        list[str] | None, typer.Option(metavar="TIER=N", help="The same of one tier, such as flex=50; repeatable.")
+    ] = None,
+    drift: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[TIER:]SECONDS=SHARE",
+            help="The share of a capacity so long after the first request, such as 600=0.5; repeatable.",
+        ),
+    ] = None,
+    queue_limit: Annotated[float, typer.Option(help="Who would queue for more seconds is refused.", min=0)] = 5.0,
+    replicas: Annotated[int, typer.Option(help="Among which the capacity is divided, each with a cache.", min=1)] = 1,
+    cache_tokens: Annotated[
+        int, typer.Option(help="Of prompts, that a replica keeps of a model; 0: no caching.", min=0)
+    ] = 2_000_000,
+    cache_lifetime: Annotated[float, typer.Option(help="Seconds to keep them after their last use.", min=0)] = 300.0,
     faults: Annotated[
         list[str] | None,
         typer.Option("--fault", metavar="KIND=SHARE", help="A share of faulty answers, such as 500=0.05; repeatable."),
@@ -388,13 +431,32 @@ def simulator(
     """Serve a simulated service, to try jobs against without a key."""
     from batcher import simulator as service
 
+    def rate(given: int | None) -> int | Literal["plan"] | None:
+        return "plan" if given is None else given or None
+
     try:
         simulated = service.Settings(
-            requests_per_minute=requests_per_minute or None,
-            tokens_per_minute=tokens_per_minute or None,
-            latency=latency,
-            capacity=capacity or None,
             key=key,
+            requests_per_minute=rate(requests_per_minute),
+            tokens_per_minute=rate(tokens_per_minute),
+            uncached_tokens_per_minute=rate(uncached_tokens_per_minute),
+            limits=dict(map(service.parse_limit, limits or [])),
+            flex_limits=flex_limits,
+            others=others,
+            keeps_reservation=keep_reservation,
+            rate_headers=rate_headers,
+            retry_after=retry_after,
+            latency=latency,
+            seconds_per_prompt_token=prompt_token,
+            seconds_per_completion_token=completion_token,
+            jitter=jitter,
+            capacity=capacity or None,
+            capacities=dict(map(service.parse_capacity, tier_capacity or [])),
+            drift=service.parse_drift(drift or []),
+            queue_limit=queue_limit,
+            replicas=replicas,
+            cache_tokens=cache_tokens,
+            cache_lifetime=cache_lifetime,
             faults=dict(map(service.parse_fault, faults or [])),
             seed=seed,
         )

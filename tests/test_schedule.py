@@ -19,6 +19,7 @@ from batcher.retry import decide
 from batcher.schedule import Dispatcher, Pace, Ticket
 from batcher.schedule.capacity import Breaker, Window
 from batcher.simulator import Settings
+from batcher.simulator.model import Answer as Decided
 from batcher.simulator.model import Service
 
 MANY = 100_000
@@ -180,6 +181,7 @@ class Simulated:
         """What the service decides as the request arrives; its headers are written as the answer leaves."""
         body = msgspec.json.encode({**self.body, "user": str(ticket.turn.request.row)})
         decided = self.service.receive("POST", "/v1/chat/completions", "Bearer key", body, now)
+        assert isinstance(decided, Decided)  # there is no capacity for which it could have to wait
 
         def leave(then: float) -> Came:
             told = self.service.settle(decided, then)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from batcher.errors import JobError
 from batcher.simulator import Fault, Settings, Simulator, parse_fault, running, serve
 from batcher.simulator.answers import Json, Schema
-from batcher.simulator.model import Answer, Service
+from batcher.simulator.model import Answer, Service, Waiting
 from batcher.simulator.wire import Completed, Reply, tokens
 
 MODEL = "gpt-oss-120b"
@@ -47,9 +47,13 @@ def shaped(schema: Schema) -> Schema:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
 
 
-def ask(service: Service, request: bytes, now: float = 0.0, path: str = CHAT) -> Answer:
-    """What the service decides about one authorized request."""
-    return service.receive("POST", path, "Bearer key", request, now)
+def ask(
+    service: Service, request: bytes, now: float = 0.0, path: str = CHAT, authorization: str | None = "Bearer key"
+) -> Answer:
+    """What the service decides about one request that need not wait."""
+    answer = service.receive("POST", path, authorization, request, now)
+    assert isinstance(answer, Answer)
+    return answer
 
 
 def read(answer: Answer) -> Completed:
@@ -197,7 +201,9 @@ class TestTime:
             latency=2, seconds_per_prompt_token=0, seconds_per_completion_token=0, jitter=0, capacity=2, queue_limit=5
         )
         service = Service(settings)
-        answers = [ask(service, body(max_completion_tokens=10)) for _ in range(7)]
+        came = [service.receive("POST", CHAT, "Bearer key", body(max_completion_tokens=10), 0.0) for _ in range(7)]
+        service.advance(100)
+        answers = [answer for one in came if (answer := one.answer if isinstance(one, Waiting) else one) is not None]
         assert [read(answer).time_info.queue_time for answer in answers[:6]] == [0, 0, 2, 2, 4, 4]
         assert [answer.delay for answer in answers[:6]] == [2, 2, 4, 4, 6, 6]
         assert error(answers[6]) == {
@@ -566,9 +572,9 @@ class TestErrors:
         """No Authorization is 403, a wrong key 401, each with the service's body; a set key is accepted."""
         service = Service(replace(OPEN, key="right"))
         for authorization in (None, "", "Bearer ", "Basic abc"):
-            answer = service.receive("POST", CHAT, authorization, b"nonsense", 0)
+            answer = ask(service, b"nonsense", authorization=authorization)
             assert (answer.status, answer.body) == (403, b'{"detail":"Not authenticated"}')
-        wrong = service.receive("POST", CHAT, "Bearer wrong", b"nonsense", 0)
+        wrong = ask(service, b"nonsense", authorization="Bearer wrong")
         assert (wrong.status, error(wrong)) == (
             401,
             {
@@ -578,7 +584,7 @@ class TestErrors:
                 "code": "wrong_api_key",
             },
         )
-        assert service.receive("POST", CHAT, "Bearer right", body(), 0).status == 200
+        assert ask(service, body(), authorization="Bearer right").status == 200
 
     def test_an_unknown_model_is_not_found(self) -> None:
         """The error names the parameter and the code that clients look for."""

@@ -2,7 +2,7 @@
 
 from batcher.simulator.clock import NothingLeftError, VirtualLoop
 from batcher.simulator.front import Entry, Front
-from batcher.simulator.model import Fault, Settings, parse_fault
+from batcher.simulator.model import Fault, Settings, parse_capacity, parse_drift, parse_fault, parse_limit
 from batcher.simulator.server import Simulator, run, running, serve
 from batcher.simulator.transport import ModelTransport
 
@@ -15,7 +15,10 @@ __all__ = [
     "Settings",
     "Simulator",
     "VirtualLoop",
+    "parse_capacity",
+    "parse_drift",
     "parse_fault",
+    "parse_limit",
     "run",
     "running",
     "serve",

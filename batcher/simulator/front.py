@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from msgspec import Struct
 
-from batcher.simulator.model import Answer, Service, Settings
+from batcher.simulator.model import Answer, Service, Settings, Waiting
 
 _T = TypeVar("_T")
 
@@ -25,6 +25,13 @@ class Entry(Struct, frozen=True):
     content: str | None  # the text of the first choice, where a client could read it
     prompt_tokens: int
     completion_tokens: int
+    model: str | None = None
+    tier: str | None = None  # that served it, or refused to
+    served_at: float | None = None  # when it had waited for its turn; None: it was not served
+    cached_tokens: int = 0
+    charged: int = 0  # tokens, as it arrived
+    settled: int = 0  # tokens, as its answer left
+    settled_uncached: int = 0  # of them
 
 
 class Front:
@@ -40,6 +47,8 @@ class Front:
         self.peak_in_flight = 0
         self._now = now
         self._record = record
+        self._turns: dict[Waiting, asyncio.Future[Answer]] = {}
+        self._timer: asyncio.TimerHandle | None = None
 
     async def ask(
         self,
@@ -51,14 +60,22 @@ class Front:
     ) -> _T:
         """One request, from its arrival until `deliver` has handed over the answer with its rate-limit headers."""
         arrived = self._now()
-        answer = self.service.receive(method, path, authorization, body, arrived)
+        received = self.service.receive(method, path, authorization, body, arrived)
         self.in_flight += 1
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         status = answered_at = None
         try:
+            if isinstance(received, Waiting):
+                try:
+                    answer = await self._its_turn(received)
+                except asyncio.CancelledError:
+                    answer = self.service.leave(received, self._now())
+                    raise
+            else:
+                answer = received
             try:
-                if answer.delay:
-                    await asyncio.sleep(answer.delay)
+                if (rest := arrived + answer.delay - self._now()) > 0:
+                    await asyncio.sleep(rest)
             finally:  # a client that has given up has had its answer made all the same
                 headers = self.service.settle(answer, self._now())
             status = answer.status or None
@@ -81,5 +98,34 @@ class Front:
                         content=answer.content,
                         prompt_tokens=answer.prompt_tokens,
                         completion_tokens=answer.completion_tokens,
+                        model=answer.model,
+                        tier=answer.tier,
+                        served_at=arrived + answer.queue_time if answer.prompt_tokens else None,
+                        cached_tokens=answer.cached_tokens,
+                        charged=answer.charged,
+                        settled=answer.settled,
+                        settled_uncached=answer.settled_uncached,
                     )
                 )
+
+    async def _its_turn(self, waiting: Waiting) -> Answer:
+        """Wait until a request is served; gives what it is answered."""
+        turn = self._turns[waiting] = asyncio.get_running_loop().create_future()
+        self._advance()
+        try:
+            answer: Answer = await turn
+            return answer
+        finally:
+            del self._turns[waiting]
+
+    def _advance(self) -> None:
+        """Serve those whose turn it is, and see to it that the next are served at theirs."""
+        now = self._now()
+        for waiting in self.service.advance(now):
+            turn = self._turns.get(waiting)
+            if turn is not None and not turn.done() and waiting.answer is not None:
+                turn.set_result(waiting.answer)
+        if self._timer is not None:
+            self._timer.cancel()
+        at = self.service.next()
+        self._timer = None if at is None else asyncio.get_running_loop().call_later(max(0.0, at - now), self._advance)

@@ -1,20 +1,20 @@
 """A model of the service: pure functions of (state, request, time), with randomness only from a seed."""
 
 import dataclasses
-import heapq
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
 from random import Random
+from typing import Literal, TypeAlias, get_args
 from urllib.parse import unquote
 
 from msgspec import UNSET, DecodeError, Struct, ValidationError
 from msgspec.structs import replace
 
-from batcher.simulator import answers, wire
+from batcher.simulator import answers, cache, queues, quota, wire
 
 MODELS = ("gpt-oss-120b", "qwen-3.8-27b", "gemma-4-31b", "zai-glm-4.7")
 
@@ -33,6 +33,43 @@ class Fault(StrEnum):
     SLOW = "slow"  # a good answer, late
     SURROGATE = "surrogate"  # a good answer that ends with a lone surrogate and a NUL
     ERROR200 = "error200"  # 200, and an error inside
+
+
+RateHeaders: TypeAlias = Literal["all", "answers", "none"]
+"""Which answers about a model tell its limits: all, all but 429s, or none."""
+Course: TypeAlias = tuple[tuple[float, float], ...]
+"""Seconds since the first request and a share of what there is, in order; between them it goes in straight lines."""
+
+
+def parse_limit(text: str) -> tuple[str, int | None]:
+    """`[MODEL:][TIER:]BUCKET=N` as (bucket and whose, N), 0 for no limit; raises ValueError in words."""
+    bucket, _, number = text.rpartition("=")
+    if not number.isdecimal():
+        raise ValueError(f"a limit is [MODEL:][TIER:]BUCKET=N, such as flex:tokens-minute=9000000, not {text!r}")
+    quota.limit_of(bucket)
+    return bucket, int(number) or None
+
+
+def parse_capacity(text: str) -> tuple[str, int | None]:
+    """`TIER=N` as (tier, N), 0 for no bound; raises ValueError that says what is allowed."""
+    tier, _, number = text.partition("=")
+    if tier not in queues.TIERS or not number.isdecimal():
+        raise ValueError(f"a tier's capacity is TIER=N, such as flex=50, not {text!r}; {_TIERS}")
+    return tier, int(number) or None
+
+
+def parse_drift(texts: Sequence[str]) -> dict[str, Course]:
+    """`[TIER:]SECONDS=SHARE`, each, as the course of the capacity and of each tier's; raises ValueError in words."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for text in texts:
+        tier, _, point = text.rpartition(":")
+        seconds, _, share = point.partition("=")
+        try:
+            moment = float(seconds), float(share)
+        except ValueError:
+            raise ValueError(f"a drift is [TIER:]SECONDS=SHARE, such as 600=0.5, not {text!r}") from None
+        points.setdefault(tier, []).append(moment)
+    return {tier: tuple(sorted(course)) for tier, course in points.items()}
 
 
 def parse_fault(text: str) -> tuple[str, float]:
@@ -59,17 +96,30 @@ class Settings:
 
     models: tuple[str, ...] = MODELS
     key: str | None = None  # the only key accepted; None: any
-    requests_per_minute: int | None = 1_000
+    requests_per_minute: int | Literal["plan"] | None = "plan"  # of each model; the developer plan's
     requests_per_day: int | None = None
-    tokens_per_minute: int | None = 1_000_000
+    tokens_per_minute: int | Literal["plan"] | None = "plan"  # all; by plan 3 for each uncached one
+    uncached_tokens_per_minute: int | Literal["plan"] | None = "plan"  # none where only the one above is stated
+    limits: Mapping[str, int | None] = field(
+        default_factory=dict
+    )  # [MODEL:][TIER:]BUCKET -> limit, over the ones above
+    flex_limits: float = 5.0  # how many times the others' limits flex has
+    others: float = 0.0  # the share of every limit's refill that other clients of the account use
     assumed_completion_tokens: int = 16_384  # charged at first for a request without max_completion_tokens
+    keeps_reservation: bool = False  # what was charged at first stays charged
+    rate_headers: RateHeaders = "all"
     retry_after: bool = False  # send that header with refusals
     latency: float = 0.05  # of every answer
     seconds_per_prompt_token: float = 0.000_03
     seconds_per_completion_token: float = 0.000_8
     jitter: float = 0.1  # the share by which an answer takes longer or shorter, at most
     capacity: int | None = None  # requests served at once; the others queue
+    capacities: Mapping[str, int | None] = field(default_factory=dict)  # of them, or besides, those of one tier
+    drift: Mapping[str, Course] = field(default_factory=dict)  # of a tier's capacity, or by "" of the whole
     queue_limit: float = 5.0  # a request that would queue longer is refused
+    replicas: int = 1  # among which the capacity is divided; each has its own cache
+    cache_tokens: int = 2_000_000  # that a replica keeps of each model; 0: no prefix is cached
+    cache_lifetime: float = 300.0  # after the last use
     faults: Mapping[str, float] = field(default_factory=dict)  # kind -> share of the admitted requests
     poison: Mapping[str, int] = field(default_factory=dict)  # text in a prompt -> the status that always answers it
     slow: float = 5.0  # added by the fault of that name
@@ -77,15 +127,34 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("requests_per_minute", "requests_per_day", "tokens_per_minute", "capacity"):
+        for name in (
+            *("requests_per_minute", "requests_per_day", "tokens_per_minute", "uncached_tokens_per_minute"),
+            *("capacity", "replicas"),
+        ):
             limit = getattr(self, name)
-            if limit is not None and limit < 1:
+            if limit not in (None, "plan") and limit < 1:
                 raise ValueError(f"{name} must be at least 1, or None for no limit, not {limit}")
+        for text, limit in self.limits.items():
+            quota.limit_of(text)
+            if limit is not None and limit < 1:
+                raise ValueError(f"the limit {text} must be at least 1, or None for no limit, not {limit}")
+        _check_capacities(self)
+        if not 0 <= self.others <= 1:
+            raise ValueError(f"others must be a share between 0 and 1, not {self.others:g}")
+        if not 0 < self.flex_limits < math.inf:
+            raise ValueError(f"flex_limits must be above 0, not {self.flex_limits:g}")
+        if self.rate_headers not in get_args(RateHeaders):
+            raise ValueError(
+                f"rate_headers must be one of {', '.join(get_args(RateHeaders))}, not {self.rate_headers!r}"
+            )
+        if self.cache_tokens < 0:
+            raise ValueError(f"cache_tokens must be 0 or more, not {self.cache_tokens}")
         for name in (
             "latency",
             "seconds_per_prompt_token",
             "seconds_per_completion_token",
             "queue_limit",
+            "cache_lifetime",
             "slow",
             "hang",
         ):
@@ -100,6 +169,49 @@ class Settings:
         for text, status in self.poison.items():
             if status not in wire.ERRORS:
                 raise ValueError(f"the status for poison {text!r} must be between 400 and 599, not {status}")
+
+    def limits_of(self, model: str, tier: str) -> dict[str, float]:
+        """The limits of a model in the tiers that are not flex, or in flex, by the buckets' names."""
+        limits: dict[str, float | None] = dict(quota.PLANS.get(model, quota.PLAN))
+        if self.requests_per_minute != "plan":
+            limits["requests-minute"] = self.requests_per_minute
+        if self.requests_per_day is not None:
+            limits["requests-day"] = self.requests_per_day
+        if self.uncached_tokens_per_minute != "plan":
+            uncached = limits["uncached-tokens-minute"] = self.uncached_tokens_per_minute
+            if uncached is not None:
+                limits["tokens-minute"] = uncached * quota.TOTAL
+        elif self.tokens_per_minute != "plan":
+            limits["uncached-tokens-minute"] = None
+        if self.tokens_per_minute != "plan":
+            limits["tokens-minute"] = self.tokens_per_minute
+        return quota.merged(limits, self.limits, model, tier, self.flex_limits)
+
+    def places(self, tier: str, seconds: float) -> list[float]:
+        """How many requests of a tier, or by "" in all, each replica serves at once, so long after the first one."""
+        bound = self.capacities.get(tier) if tier else self.capacity
+        if bound is None:
+            return [math.inf] * self.replicas
+        whole = max(self.replicas, math.floor(bound * _share_at(self.drift.get(tier, ()), seconds) + 1e-9))
+        each, rest = divmod(whole, self.replicas)
+        return [each + (number < rest) for number in range(self.replicas)]
+
+
+def _check_capacities(settings: Settings) -> None:
+    bounds = {f"the capacity of {tier}": bound for tier, bound in settings.capacities.items()}
+    for name, bound in {"capacity": settings.capacity, **bounds}.items():
+        if bound is not None and bound < settings.replicas:
+            raise ValueError(f"{name} must be at least 1 for each of the {settings.replicas} replicas, not {bound}")
+    for tier in (*settings.capacities, *settings.drift):
+        if tier not in queues.TIERS and (tier or tier in settings.capacities):
+            raise ValueError(f"unknown tier {tier!r}; {_TIERS}")
+    for tier, course in settings.drift.items():
+        if (settings.capacities.get(tier) if tier else settings.capacity) is None:
+            raise ValueError(f"drift of {tier or 'the whole'}: there is no capacity that could drift")
+        if not all(0 <= seconds < math.inf and 0 <= share < math.inf for seconds, share in course):
+            raise ValueError("drift: seconds and shares must be 0 or more")
+        if [seconds for seconds, _ in course] != sorted({seconds for seconds, _ in course}):
+            raise ValueError("drift: the seconds must go up")
 
 
 @dataclass(slots=True)
@@ -129,9 +241,8 @@ _FAILURES: dict[str, tuple[int, bytes, str]] = {  # faults without an answer of 
     **{str(status): (status, body, "application/json") for status, body in wire.ERRORS.items()},
 }
 _FAULTS = {*Fault, *_FAILURES}
-_HEADERS = {
-    name: [f"x-ratelimit-{what}-{name}" for what in ("limit", "remaining", "reset")] for name in wire.QUOTA_EXCEEDED
-}
+_TIERS = f"known are {', '.join(queues.TIERS)}"
+_AVERAGED = 10.0  # seconds whose queue times are what is expected of the next one
 _EFFORTS: dict[str | None, int] = {"low": 1, "medium": 2, "high": 4}  # sentences of reasoning
 
 # msgspec cannot encode a lone surrogate, so the text carries private-use characters that are replaced on the wire.
@@ -139,25 +250,6 @@ _EFFORTS: dict[str | None, int] = {"low": 1, "medium": 2, "high": 4}  # sentence
 _ENDING, _ENDING_IN_JSON = "\ue000\ue001", "\ue000\ue002"
 _SPOILED = {0xE000: "\ud800", 0xE001: "\0", 0xE002: r"\u0000"}
 _SPOILED_BYTES = {"\ue000".encode(): rb"\ud800", "\ue001".encode(): rb"\u0000", "\ue002".encode(): rb"\\u0000"}
-
-
-@dataclass(slots=True)
-class Bucket:
-    """A quota that refills continuously: `limit` more each `window` seconds, never above `limit`, below 0 in debt."""
-
-    limit: int
-    window: float
-    level: float
-    at: float
-
-    def refill(self, now: float) -> None:
-        """Bring the level to now."""
-        self.level = min(self.limit, self.level + (now - self.at) * self.limit / self.window)
-        self.at = now
-
-    def wait(self, amount: float) -> float:
-        """Seconds from the last refill until the amount is there."""
-        return max(0.0, (amount - self.level) * self.window / self.limit)
 
 
 class Answer(Struct, frozen=True):
@@ -170,17 +262,37 @@ class Answer(Struct, frozen=True):
     delay: float = 0.0  # seconds between the request and this answer
     fault: str | None = None  # the fault that made it, or `poison`
     model: str | None = None  # whose limits its headers tell
-    refund: float = 0.0  # tokens charged and not used; negative when more were used
+    tier: str | None = None  # that serves it, or refuses to
+    charged: int = 0  # tokens, before it was known what it takes
+    settled: int = 0  # tokens, when it leaves
+    settled_uncached: int = 0  # of them
     retry_after: float | None = None
     prompt: str = ""  # the last user message, or the first prompt
     content: str | None = None  # the first choice's text, where a client can read it
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    queue_time: float = 0.0
 
     @property
     def whole(self) -> bool:
         """Whether a client gets all of it."""
         return self.status != 0 and self.ends_after is None
+
+
+@dataclass(slots=True, eq=False)
+class Waiting(queues.Waiter):
+    """An admitted request until it is served; `answer` is there from then on."""
+
+    question: wire.Question
+    digest: bytes
+    fault: str | None
+    said: list[Said]
+    charged: int
+    arrived: float
+    replica: int
+    pace: float
+    answer: Answer | None = field(default=None, init=False)
 
 
 class Service:
@@ -194,18 +306,40 @@ class Service:
         self.epoch = epoch
         self._key = str(settings.seed).encode()
         self._faults = sorted(settings.faults.items())
-        self._buckets: dict[str, dict[str, Bucket]] = {}
-        self._busy: list[float] = []  # heap: when each of the places that `capacity` gives is free again
+        self._quotas: dict[tuple[str, str], quota.Buckets] = {}
+        unbounded = dict.fromkeys(queues.TIERS, math.inf)
+        self._lines = [queues.Line[Waiting](math.inf, unbounded) for _ in range(settings.replicas)]
+        self._bounded = _is_bounded(settings)
+        self._sized: Settings | None = None  # by which the lines have their places
+        self._queued = {tier: queues.Average(_AVERAGED) for tier in queues.TIERS}
+        self._begun: list[Waiting] = []  # since the last `advance`
+        self._caches: dict[tuple[str, int], cache.PrefixCache] = {}
+        self._first: float | None = None  # when the first request came
+        self._flowed = 0.0  # until when the queues have been worked off
+        self._turn = 0  # of the replicas, where nothing else decides
         self._seen: Counter[bytes] = Counter()  # admitted requests by body, counted only where faults are drawn
         self._answered = 0
 
-    def change(self, **settings: object) -> None:
-        """From now on the service is otherwise; the limits of models that were asked for stay. Raises ValueError."""
-        self.settings = dataclasses.replace(self.settings, **settings)  # type: ignore[arg-type]
-        self._faults = sorted(self.settings.faults.items())
+    def change(self, now: float | None = None, /, **settings: object) -> None:
+        """From now on the service is otherwise; what is in buckets, queues and caches stays. Raises ValueError.
 
-    def receive(self, method: str, path: str, authorization: str | None, body: bytes, now: float) -> Answer:
-        """Decide everything about the answer to a request that arrives now."""
+        Without `now` buckets refill by the new limits from the last request on.
+        """
+        changed = dataclasses.replace(self.settings, **settings)  # type: ignore[arg-type]
+        if changed.replicas != self.settings.replicas:
+            raise ValueError("replicas cannot change")
+        if now is not None:
+            self._flow(now)
+            for buckets in self._quotas.values():
+                buckets.refill(now, self.settings.others)
+        self.settings = changed
+        self._faults = sorted(changed.faults.items())
+        self._bounded = _is_bounded(changed) or any(line.waiting for line in self._lines)
+        for (model, tier), buckets in self._quotas.items():
+            buckets.change(changed.limits_of(model, tier))
+
+    def receive(self, method: str, path: str, authorization: str | None, body: bytes, now: float) -> Answer | Waiting:
+        """Decide everything about the answer to a request that arrives now, or have it wait for its turn."""
         listing = path == "/v1/models" or path.startswith("/v1/models/")
         if not listing and path not in ("/v1/chat/completions", "/v1/completions"):
             return Answer(404, content_type="text/plain")
@@ -228,24 +362,56 @@ class Service:
             return self._brief(404, wire.no_model(question.model))
         return self._admit(question, body, now)
 
+    def advance(self, now: float) -> list[Waiting]:
+        """Those that wait no longer, since the last time this was asked."""
+        self._flow(now)
+        begun, self._begun = self._begun, []
+        return begun
+
+    def next(self) -> float | None:
+        """When to ask again who waits no longer; None where nobody waits."""
+        if self._begun:
+            return self._flowed
+        at = self._next()
+        return at if at < math.inf else None
+
+    def leave(self, waiting: Waiting, now: float) -> Answer:
+        """The client of one that waits has given up; gives what stands in the book: nothing was made or used.
+
+        Where its turn has just come it is too late for that.
+        """
+        self._flow(now)
+        if waiting.answer is not None:
+            self.settle(waiting.answer, now)
+            return waiting.answer
+        self._lines[waiting.replica].leave(waiting)
+        question = waiting.question
+        self._buckets(question.model, waiting.tier, now).give_back(waiting.charged, waiting.charged)
+        return Answer(0, fault=waiting.fault, model=question.model, tier=waiting.tier, prompt=question.prompts[0])
+
     def settle(self, answer: Answer, now: float) -> dict[str, str]:
-        """Correct the charge to the actual use as the answer leaves now; gives its rate-limit headers."""
+        """Correct the charge as the answer leaves now; gives its rate-limit headers."""
+        settings = self.settings
         headers: dict[str, str] = {}
-        if answer.model is not None:
-            for name, bucket in self._refilled(answer.model, now).items():
-                if name == "tokens-minute":
-                    bucket.level = min(bucket.limit, bucket.level + answer.refund)
-                limit, remaining, reset = _HEADERS[name]
-                headers[limit] = str(bucket.limit)
-                headers[remaining] = str(max(0, math.floor(bucket.level)))
-                headers[reset] = str(bucket.wait(bucket.limit))
-        if self.settings.retry_after and answer.retry_after is not None:
+        if answer.model is not None and answer.tier is not None:
+            buckets = self._buckets(answer.model, answer.tier, now)
+            if answer.charged:
+                buckets.give_back(answer.charged - answer.settled, answer.charged - answer.settled_uncached)
+            if settings.rate_headers == "all" or (settings.rate_headers == "answers" and answer.status != 429):
+                headers = buckets.headers()
+        if settings.retry_after and answer.retry_after is not None:
             headers["retry-after"] = str(math.ceil(answer.retry_after))
         return headers
 
-    def _brief(self, status: int, body: bytes, model: str | None = None, wait: float | None = None) -> Answer:
+    def levels(self, model: str, now: float, tier: str = "default") -> dict[str, float]:
+        """What is in each bucket of a model and tier, by the names in headers."""
+        return self._buckets(model, tier, now).levels()
+
+    def _brief(
+        self, status: int, body: bytes, model: str | None = None, tier: str | None = None, wait: float | None = None
+    ) -> Answer:
         """An answer for which no text is made and nothing is charged."""
-        return Answer(status, body, delay=self.settings.latency, model=model, retry_after=wait)
+        return Answer(status, body, delay=self.settings.latency, model=model, tier=tier, retry_after=wait)
 
     def _list_models(self, name: str) -> Answer:
         if not name:
@@ -255,51 +421,148 @@ class Service:
             return self._brief(404, wire.no_model(name))
         return self._brief(200, wire.ENCODER.encode(wire.Model(id=name)))
 
-    def _refilled(self, model: str, now: float) -> dict[str, Bucket]:
-        """The model's buckets as of now, by the name that headers give them; full when first asked for."""
-        buckets = self._buckets.get(model)
+    def _buckets(self, model: str, tier: str, now: float) -> quota.Buckets:
+        """The buckets of a model and tier as of now; full when first asked for."""
+        whose = model, "flex" if tier == "flex" else "default"
+        buckets = self._quotas.get(whose)
         if buckets is None:
-            limits = (
-                ("requests-day", self.settings.requests_per_day, 86_400.0),
-                ("requests-minute", self.settings.requests_per_minute, 60.0),
-                ("tokens-minute", self.settings.tokens_per_minute, 60.0),
-            )
-            buckets = {name: Bucket(limit, window, limit, now) for name, limit, window in limits if limit is not None}
-            self._buckets[model] = buckets
-        for bucket in buckets.values():
-            bucket.refill(now)
+            buckets = self._quotas[whose] = quota.Buckets(self.settings.limits_of(*whose), now)
+        buckets.refill(now, self.settings.others)
         return buckets
 
-    def _admit(self, question: wire.Question, body: bytes, now: float) -> Answer:
-        """Charge the limits and answer, or refuse and charge nothing."""
+    def _admit(self, question: wire.Question, body: bytes, now: float) -> Answer | Waiting:
+        """Charge the limits and answer or queue, or refuse and charge nothing."""
         settings = self.settings
+        self._flow(now)
         cap = settings.assumed_completion_tokens if question.cap is None else question.cap
         charged = question.tokens + cap * question.n * len(question.prompts)
-        buckets = self._refilled(question.model, now)
-        amounts = {name: charged if name == "tokens-minute" else 1 for name in buckets}
-        for name, bucket in buckets.items():
-            if bucket.level < amounts[name]:
-                return self._brief(429, wire.QUOTA_EXCEEDED[name], question.model, bucket.wait(amounts[name]))
-        full = settings.capacity is not None and len(self._busy) >= settings.capacity
-        queue_time = max(0.0, self._busy[0] - now) if full else 0.0
-        if queue_time > settings.queue_limit:
-            return self._brief(429, wire.QUEUE_EXCEEDED, question.model, queue_time - settings.queue_limit)
-        for name, bucket in buckets.items():
-            bucket.level -= amounts[name]
+        refusal: Answer | None = None
+        for tier in queues.TIERS if question.tier == "auto" else (question.tier or "default",):
+            replica = self._replica_for(question, tier, now)
+            refusal = self._refusal(question, tier, replica, charged, now)
+            if refusal is None:
+                break
+        if refusal is not None:
+            return refusal
+        self._turn += 1
+        self._buckets(question.model, tier, now).charge(charged)
 
         digest = blake2b(body, key=self._key, digest_size=16).digest()
         for text, status in settings.poison.items():
             if text in question.text:
-                return self._fail("poison", (status, wire.ERRORS[status], "application/json"), question, charged)
+                return self._fail("poison", (status, wire.ERRORS[status], "application/json"), question, tier, charged)
         fault = self._draw_fault(digest)
         if fault is not None and fault in _FAILURES:
-            return self._fail(fault, _FAILURES[fault], question, charged)
-        answer, served = self._answer(question, fault, digest, charged, queue_time, now)
-        if full:
-            heapq.heapreplace(self._busy, now + queue_time + served)
-        elif settings.capacity is not None:
-            heapq.heappush(self._busy, now + served)
+            return self._fail(fault, _FAILURES[fault], question, tier, charged)
+        said = _say(question, fault, self._key)
+        pace = 1 + settings.jitter * (2 * _share(digest[:8]) - 1)
+        takes = sum(self._seconds(question.tokens, said)) * pace
+        waiting = Waiting(tier, takes, question, digest, fault, said, charged, now, replica, pace)
+        line = self._lines[replica]
+        if self._bounded and not line.free(tier):
+            line.join(waiting, now)
+            return waiting
+        answer, until = self._answer(waiting, now)
+        if self._bounded:
+            line.occupy(tier, until)
         return answer
+
+    def _replica_for(self, question: wire.Question, tier: str, now: float) -> int:
+        """Equal keys go to the same replica, others to where they wait least and the least is done, in turn."""
+        count = len(self._lines)
+        if count == 1:
+            return 0
+        if question.cache_key is not None:
+            return int.from_bytes(blake2b(question.cache_key.encode(), key=self._key, digest_size=8).digest()) % count
+        turns = [(self._turn + number) % count for number in range(count)]
+        if not self._bounded:
+            return turns[0]
+        return min(turns, key=lambda number: (self._lines[number].wait(tier, now), self._lines[number].serving))
+
+    def _refusal(self, question: wire.Question, tier: str, replica: int, charged: int, now: float) -> Answer | None:
+        """Why a tier does not take a request now; None: it does."""
+        settings = self.settings
+        buckets = self._buckets(question.model, tier, now)
+        if (short := buckets.shortage(charged)) is not None:
+            paired = short.bucket.startswith("tokens") and "uncached-tokens-minute" in buckets.levels()
+            body = wire.QUOTA_EXCEEDED[f"total-{short.bucket}" if paired else short.bucket]
+            return self._brief(429, body, question.model, tier, short.wait)
+        if not self._bounded:
+            return None
+        wait = self._lines[replica].wait(tier, now)
+        limit, expected = settings.queue_limit, wait
+        if question.threshold is not None and question.tier in ("flex", "auto"):
+            mean = self._queued[tier].mean(now)
+            if mean is not None and wait <= max(limit, question.threshold):
+                expected = mean
+            limit = question.threshold
+        if expected > limit:
+            return self._brief(429, wire.QUEUE_EXCEEDED, question.model, tier, expected - limit)
+        return None
+
+    def _next(self) -> float:
+        """When the queues are to be looked at again: a place becomes free, or the capacity drifts."""
+        at = min((line.next() for line in self._lines if line.waiting), default=math.inf)
+        if at < math.inf and self._first is not None:
+            ends = max((course[-1][0] for course in self.settings.drift.values() if course), default=0.0)
+            if self._flowed < self._first + ends:  # it drifts in steps of a second
+                at = min(at, self._first + math.floor(self._flowed - self._first) + 1)
+        return at
+
+    def _flow(self, now: float) -> None:
+        """Let places become free and those who wait be served, each at his moment, until now."""
+        if self._first is None:
+            self._first = self._flowed = now
+        if not self._bounded:
+            return
+        while (at := self._next()) <= now:
+            self._step(at)
+        self._step(now)
+
+    def _step(self, now: float) -> None:
+        """What happens in the queues at one moment."""
+        self._flowed = max(self._flowed, now)
+        if self._sized is not self.settings or self.settings.drift:
+            self._resize(now)
+        for line in self._lines:
+            line.release(now)
+            while line.waiting and (waiting := line.call()) is not None:
+                waiting.answer, until = self._answer(waiting, now)
+                line.occupy(waiting.tier, until, called=True)
+                self._begun.append(waiting)
+
+    def _resize(self, now: float) -> None:
+        """Give the lines the places that they have by the settings."""
+        self._sized = self.settings
+        seconds = math.floor(now - (self._first or 0.0))
+        whole, *own = (self.settings.places(tier, seconds) for tier in ("", *queues.TIERS))
+        for number, line in enumerate(self._lines):
+            line.resize(whole[number], {tier: places[number] for tier, places in zip(queues.TIERS, own, strict=True)})
+
+    def _read(self, question: wire.Question, replica: int, pace: float, now: float) -> int:
+        """Tokens of a prompt that need not be read as it is served now; afterwards all of it is known."""
+        settings = self.settings
+        if question.tokens < cache.BLOCK or settings.cache_tokens < cache.BLOCK:
+            return 0
+        whose = question.model, replica
+        kept = self._caches.get(whose)
+        if kept is None:
+            kept = self._caches[whose] = cache.PrefixCache(settings.cache_tokens, settings.cache_lifetime)
+        blocks = cache.chain(question.prefix, cache.BLOCK * wire.BYTES_PER_TOKEN)
+        known = kept.known(blocks, now)
+        cached = min(known * cache.BLOCK, question.tokens)
+        kept.keep(blocks, known, now, now + (question.tokens - cached) * settings.seconds_per_prompt_token * pace)
+        return cached
+
+    def _seconds(self, prompt_tokens: int, said: list[Said]) -> tuple[float, float, float]:
+        """How long an answer takes besides waiting: at least, for its prompt, and for what is said."""
+        settings = self.settings
+        longest = max(one.tokens for one in said)
+        return (
+            settings.latency,
+            prompt_tokens * settings.seconds_per_prompt_token,
+            longest * settings.seconds_per_completion_token,
+        )
 
     def _draw_fault(self, digest: bytes) -> str | None:
         """The fault of this request, by the seed, the body, and how often that body was admitted before."""
@@ -314,9 +577,12 @@ class Service:
             drawn -= share
         return None
 
-    def _fail(self, fault: str, failure: tuple[int, bytes, str], question: wire.Question, charged: float) -> Answer:
+    def _fail(
+        self, fault: str, failure: tuple[int, bytes, str], question: wire.Question, tier: str, charged: int
+    ) -> Answer:
         """The answer of a fault; no token was used."""
         status, body, content_type = failure
+        settled = charged if self.settings.keeps_reservation else 0
         return Answer(
             status,
             body,
@@ -324,26 +590,31 @@ class Service:
             delay=self.settings.latency,
             fault=fault,
             model=question.model,
-            refund=charged,
+            tier=tier,
+            charged=charged,
+            settled=settled,
+            settled_uncached=settled,
             retry_after=1.0 if status in (429, 503) else None,
             prompt=question.prompts[0],
         )
 
-    def _answer(
-        self, question: wire.Question, fault: str | None, digest: bytes, charged: float, queue_time: float, now: float
-    ) -> tuple[Answer, float]:
-        """The model's answer, spoiled as the fault says, and the seconds that it takes to serve."""
-        settings = self.settings
-        said = _say(question, fault, self._key)
+    def _answer(self, waiting: Waiting, now: float) -> tuple[Answer, float]:
+        """The model's answer to a request that is served from now on, spoiled as its fault says, and until when."""
+        settings, question, said, fault = self.settings, waiting.question, waiting.said, waiting.fault
+        queue_time = now - waiting.arrived
+        if self._bounded:
+            self._queued[waiting.tier].add(queue_time, now)
+        cached = self._read(question, waiting.replica, waiting.pace, now)
         prompt_tokens, completion_tokens = question.tokens, sum(one.tokens for one in said)
-        pace = 1 + settings.jitter * (2 * _share(digest[:8]) - 1)
-        prompt_time = prompt_tokens * settings.seconds_per_prompt_token * pace
-        completion_time = max(one.tokens for one in said) * settings.seconds_per_completion_token * pace
-        served = settings.latency * pace + prompt_time + completion_time
-        created = self.epoch + now
+        used = prompt_tokens + completion_tokens
+        base, prompt_time, completion_time = (
+            part * waiting.pace for part in self._seconds(prompt_tokens - cached, said)
+        )
+        served = base + prompt_time + completion_time
+        created = self.epoch + waiting.arrived
         self._answered += 1
         completed = wire.Completed(
-            id=f"{'chatcmpl' if question.chat else 'cmpl'}-{digest.hex()[:16]}-{self._answered}",
+            id=f"{'chatcmpl' if question.chat else 'cmpl'}-{waiting.digest.hex()[:16]}-{self._answered}",
             object="chat.completion" if question.chat else "text_completion",
             created=int(created),
             model=question.model,
@@ -352,24 +623,52 @@ class Service:
             usage=wire.Usage(
                 prompt_tokens=prompt_tokens,
                 completion_tokens=completion_tokens,
-                total_tokens=prompt_tokens + completion_tokens,
+                total_tokens=used,
                 completion_tokens_details=wire.CompletionDetails(sum(one.reasoning_tokens for one in said)),
+                prompt_tokens_details=wire.PromptDetails(cached),
             ),
             time_info=wire.TimeInfo(queue_time, prompt_time, completion_time, queue_time + served, created),
+            service_tier=question.tier if question.chat else UNSET,
+            service_tier_used=waiting.tier if question.tier == "auto" else UNSET,
         )
+        kept = settings.keeps_reservation
         answer = Answer(
             200,
             wire.ENCODER.encode(completed),
             delay=queue_time + served,
             fault=fault,
             model=question.model,
-            refund=charged - prompt_tokens - completion_tokens,
+            tier=waiting.tier,
+            charged=waiting.charged,
+            settled=waiting.charged if kept else used,
+            settled_uncached=waiting.charged if kept else used - cached,
             prompt=question.prompts[0],
             content=said[0].content,
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
+            cached_tokens=cached,
+            queue_time=queue_time,
         )
-        return answer if fault is None else _spoil(answer, settings), served
+        return answer if fault is None else _spoil(answer, settings), now + served
+
+
+def _is_bounded(settings: Settings) -> bool:
+    """Whether anybody may have to wait."""
+    return settings.capacity is not None or any(bound is not None for bound in settings.capacities.values())
+
+
+def _share_at(course: Course, seconds: float) -> float:
+    """What a course says at a moment; 1 where it says nothing."""
+    before = after = None
+    for point in course:
+        if point[0] <= seconds:
+            before = point
+        else:
+            after = point
+            break
+    if before is None or after is None:
+        return (before or after or (0.0, 1.0))[1]
+    return before[1] + (after[1] - before[1]) * (seconds - before[0]) / (after[0] - before[0])
 
 
 def _say(question: wire.Question, fault: str | None, key: bytes) -> list[Said]:

@@ -191,6 +191,8 @@ class CompletionDetails(Struct, frozen=True):
     """Of the completion's tokens."""
 
     reasoning_tokens: int
+    accepted_prediction_tokens: int | UnsetType = UNSET
+    rejected_prediction_tokens: int | UnsetType = UNSET
 
 
 class Usage(Struct, frozen=True):
@@ -224,6 +226,8 @@ class Completed(Struct, frozen=True):
     choices: list[Choice]
     usage: Usage
     time_info: TimeInfo
+    service_tier: str | UnsetType | None = UNSET
+    service_tier_used: str | UnsetType = UNSET
 
 
 class Model(Struct, frozen=True):
@@ -274,15 +278,20 @@ def no_model(name: str) -> bytes:
     return error_body(message, "not_found_error", "model", "model_not_found")
 
 
-def _too_many(what: str, window: str, done: str) -> bytes:
-    message = f"{what.capitalize()} per {window} limit exceeded - too many {what} {done}."
+def _too_many(kind: str, what: str, window: str, done: str) -> bytes:
+    message = f"{kind} per {window} limit exceeded - too many {what} {done}."
     return error_body(message, f"too_many_{what}_error", "quota", f"{what.removesuffix('s')}_quota_exceeded")
 
 
-QUOTA_EXCEEDED = {  # by the bucket's name in headers
-    "requests-day": _too_many("requests", "day", "sent"),
-    "requests-minute": _too_many("requests", "minute", "sent"),
-    "tokens-minute": _too_many("tokens", "minute", "processed"),
+QUOTA_EXCEEDED = {  # by the bucket's name in headers; `total` where uncached tokens have a bucket of their own
+    f"{resource}-{window}": _too_many(kind, what, window, done)
+    for resource, kind, what, done in (
+        ("requests", "Requests", "requests", "sent"),
+        ("tokens", "Tokens", "tokens", "processed"),
+        ("total-tokens", "Total tokens", "tokens", "processed"),
+        ("uncached-tokens", "Uncached tokens", "tokens", "processed"),
+    )
+    for window in ("day", "hour", "minute", "second")
 }
 QUEUE_EXCEEDED = error_body(
     "We're experiencing high traffic right now! Please try again soon.",
