@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from batcher.errors import JobError
-from batcher.records import Price
+from batcher.records import Price, Rates
 
 SIMULATOR = "simulator"
 
@@ -415,11 +415,7 @@ def _service(given: Mapping[str, object], origin: str) -> Service:
         if not re.fullmatch(r"[A-Za-z_]\w*", getattr(service, key) or "_", re.ASCII):
             raise JobError(f"{origin}: service.{key}: the name of an environment variable, never the secret itself")
     for model, price in service.prices.items():
-        if strange := sorted(cast(Any, given)["prices"][model].keys() - set(Price.__struct_fields__)):
-            raise _unknown(f"service.prices.{_word(model)}", strange[0], Price.__struct_fields__, origin)
-        for key in Price.__struct_fields__:
-            if not 0 <= (getattr(price, key) or 0) < 1e9:
-                raise JobError(f"{origin}: service.prices.{_word(model)}.{key}: USD per million tokens, from 0 on")
+        _check_rates(price, cast(Any, given)["prices"][model], f"service.prices.{_word(model)}", origin)
     if service.base_url == SIMULATOR:
         return service
     try:
@@ -438,6 +434,18 @@ def _service(given: Mapping[str, object], origin: str) -> Service:
             f"{origin}: service.base_url: http:// would send key and prompts unencrypted to {url.hostname}; use https://"
         )
     return service
+
+
+def _check_rates(rates: Rates, given: Mapping[str, Any], where: str, origin: str) -> None:
+    """Refuse keys that are none and rates below 0, in a model's price and in those of its tiers."""
+    if strange := sorted(given.keys() - set(rates.__struct_fields__)):
+        raise _unknown(where, strange[0], rates.__struct_fields__, origin)
+    for key in rates.__struct_fields__:
+        rate = getattr(rates, key)
+        if isinstance(rate, Rates):
+            _check_rates(rate, given[key], f"{where}.{key}", origin)
+        elif not 0 <= (rate or 0) < 1e9:
+            raise JobError(f"{origin}: {where}.{key}: USD per million tokens, from 0 on")
 
 
 def _is_near(host: str) -> bool:

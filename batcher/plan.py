@@ -75,8 +75,8 @@ def plan(job: Job) -> Plan:
     prompt = _mean([request.prompt_tokens for request in requests])
     output = _mean([request.output_tokens for request in requests])
     capped = all(request.output_tokens for request in requests)
-    prompt_cost = _mean([prepared.price(request.model, request.prompt_tokens, 0, 0) for request in requests])
-    output_cost = _mean([prepared.price(request.model, 0, 0, request.output_tokens) for request in requests])
+    prompt_cost = _mean([prepared.price(each.model, each.prompt_tokens, 0, 0, each.tier) for each in requests])
+    output_cost = _mean([prepared.price(each.model, 0, 0, each.output_tokens, each.tier) for each in requests])
     models = {request.model for request in requests}
     seconds, binds = _time(job.schedule, left, (prompt or 0.0) + (output or 0.0), capped)
     return Plan(

@@ -209,6 +209,10 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     service_tier: str | None = None
     service_tier_used: str | None = None
 
+    def tier(self, asked: str | None) -> str | None:
+        """The tier that served it: as the service says, else the one that was asked for."""
+        return self.service_tier_used or self.service_tier or asked
+
 
 class Attempt(msgspec.Struct, array_like=True, gc=False):
     """One request that was sent and what came of it: the line of the ledger.
@@ -243,13 +247,20 @@ class Attempt(msgspec.Struct, array_like=True, gc=False):
     tier: str | None = None
 
 
-class Price(msgspec.Struct, frozen=True):
+class Rates(msgspec.Struct, frozen=True):
     """USD per million tokens."""
 
     input: float
     output: float
     cached: float | None = None
     """Input tokens from the cache; as `input` where it is not given."""
+
+
+class Price(Rates, frozen=True):
+    """What a model's tokens cost. A tier that is not named costs as all others do."""
+
+    flex: Rates | None = None
+    priority: Rates | None = None
 
 
 class Totals(msgspec.Struct, kw_only=True):

@@ -45,7 +45,7 @@ MEANINGS: Mapping[str, str] = {
     "service.dialect": "How the service speaks; by its host when absent.",
     "service.encoding": "Of request bodies.",
     "service.headers_env": "The environment variable that holds extra headers, as lines of `Name: value`.",
-    "service.prices": "USD per million tokens, by model.",
+    "service.prices": "USD per million tokens, by model; by tier too.",
     "service.proxy": "Use the proxy that the environment names.",
     "service.timeout": "For a whole request.",
     "schedule": "How much may be under way.",

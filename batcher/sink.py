@@ -176,9 +176,12 @@ class Sink:
         folder: Path,
         shape: Shape,
         read: Callable[[Attempt], Answer | Failure],
-        cost: Callable[[str, int, int, int], float | None],
+        cost: Callable[[str, int, int, int, str | None], float | None],
     ) -> None:
-        """`read` looks into an attempt's raw answer; `cost` prices prompt, cached and completion tokens of a model."""
+        """`read` looks into an attempt's raw answer.
+
+        `cost` prices prompt, cached and completion tokens of a model in a tier.
+        """
         self.folder = folder
         self._shape = shape
         self._read = read
@@ -310,7 +313,8 @@ class Sink:
             body = attempt.body
             answer = self._read(attempt) if body is not None and attempt.status == 200 else None
             told = answer.usage if isinstance(answer, Answer) else None
-            prompt, completion, price = self._billed(attempt, told)
+            tier = answer.tier(attempt.tier) if isinstance(answer, Answer) else attempt.tier
+            prompt, completion, price = self._billed(attempt, told, tier)
             if attempt.attempt:
                 usage = told or _UNKNOWN
                 group.attempts.append(
@@ -379,7 +383,9 @@ class Sink:
             group.failed.append(row)
             group.failures.append((last.kind, last.status, last.type, last.code, last.message, *paid, last.body))
 
-    def _billed(self, attempt: Attempt, told: Usage | None) -> tuple[int | None, int | None, float | None]:
+    def _billed(
+        self, attempt: Attempt, told: Usage | None, tier: str | None
+    ) -> tuple[int | None, int | None, float | None]:
         """Prompt and completion tokens of an attempt that are or may be on the bill, and what they cost."""
         if told is not None:
             prompt, completion = told.prompt_tokens, told.completion_tokens
@@ -390,7 +396,8 @@ class Sink:
             return 0, 0, 0.0
         if prompt is None or completion is None:
             return prompt, completion, None
-        return prompt, completion, self._cost(attempt.model, prompt, (told and told.cached_tokens) or 0, completion)
+        cached = (told and told.cached_tokens) or 0
+        return prompt, completion, self._cost(attempt.model, prompt, cached, completion, tier)
 
     def _tables(self, group: "_Group", kept: pa.Table) -> dict[str, pa.Table]:
         """One group's tables, with the input's columns beside the answers."""

@@ -11,7 +11,20 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from batcher.dialects import PRICES_AS_OF, Dialect, at_home, cerebras, cost, named, of_url, openai
-from batcher.records import Answer, Choice, Failure, Kind, Limit, Price, Reply, ServiceTimes, Timing, ToolCall, Usage
+from batcher.records import (
+    Answer,
+    Choice,
+    Failure,
+    Kind,
+    Limit,
+    Price,
+    Rates,
+    Reply,
+    ServiceTimes,
+    Timing,
+    ToolCall,
+    Usage,
+)
 
 TIMING = Timing(1_790_000_000_000_000, 0.25)
 
@@ -170,9 +183,23 @@ def test_a_key_has_a_home() -> None:
 def test_a_cost_is_the_sum_over_kinds_of_tokens() -> None:
     """Cached tokens are part of the prompt and have their own price where one is given."""
     price = Price(input=1.0, output=4.0, cached=0.25)
-    assert cost(price, 1_000_000, 400_000, 500_000) == pytest.approx(0.6 + 0.1 + 2.0)
-    assert cost(Price(input=1.0, output=4.0), 1_000_000, 400_000, 0) == pytest.approx(1.0)
-    assert cost(price, 10, 50, 0) == pytest.approx(2.5e-6)
+    assert cost(price, 1_000_000, 400_000, 500_000, None) == pytest.approx(0.6 + 0.1 + 2.0)
+    assert cost(Price(input=1.0, output=4.0), 1_000_000, 400_000, 0, None) == pytest.approx(1.0)
+    assert cost(price, 10, 50, 0, None) == pytest.approx(2.5e-6)
+
+
+def test_a_tier_may_have_its_own_price() -> None:
+    """The tier that served it decides; `auto`, of which nobody said what it became, counts as the dearest."""
+    flex, priority = Rates(input=0.5, output=2.0, cached=0.1), Rates(input=3.0, output=3.0)
+    price = Price(input=1.0, output=4.0, cached=0.25, flex=flex, priority=priority)
+    used = (1_000_000, 500_000, 1_000_000)
+    assert cost(price, *used, None) == cost(price, *used, "default") == pytest.approx(0.5 + 0.125 + 4.0)
+    assert cost(price, *used, "flex") == pytest.approx(0.25 + 0.05 + 2.0)
+    assert cost(price, *used, "priority") == pytest.approx(3.0 + 3.0)
+    assert cost(price, *used, "auto") == cost(price, *used, "priority")
+    assert cost(price, 0, 0, 1_000_000, "auto") == pytest.approx(4.0)
+    alike = Price(input=1.0, output=4.0)
+    assert {cost(alike, *used, tier) for tier in (None, "flex", "priority", "auto", "turbo")} == {5.0}
 
 
 def test_the_price_table_has_a_date() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from batcher.errors import JobError
 from batcher.job import Job, differences, duration, load, misfit
+from batcher.records import Rates
 
 Sections = dict[str, dict[str, object]]
 
@@ -50,7 +51,9 @@ WHOLE: Sections = {
         "compression": "none",
         "timeout": "90s",
         "proxy": True,
-        "prices": {"gpt-oss-120b": {"input": 0.35, "cached": 0.1, "output": 0.75}},
+        "prices": {
+            "gpt-oss-120b": {"input": 0.35, "cached": 0.1, "output": 0.75, "flex": {"input": 0.2, "output": 0.4}},
+        },
     },
     "schedule": {
         "max_in_flight": 64,
@@ -122,6 +125,7 @@ def test_a_whole_job(tmp_path: Path) -> None:
     assert job.input.limit == 10
     assert job.service.timeout == 90.0
     assert job.service.prices["gpt-oss-120b"].cached == 0.1
+    assert job.service.prices["gpt-oss-120b"].flex == Rates(input=0.2, output=0.4)
     assert job.schedule.tokens_per_minute == 1e6
     assert job.ledger_path == tmp_path / "state" / "ledger.sqlite"
     assert job.request.schema == {"title": "label", "type": "object", "properties": {"a": {"type": "string"}}}
@@ -150,6 +154,12 @@ UNKNOWN = [
     ("output.row_per_part", 1, ["unknown key output.row_per_part", "did you mean rows_per_part?"]),
     ("output.a\nb", 1, ["unknown key output.'a\\nb'"]),
     ("service.prices.m", {"input": 1, "output": 1, "cahced": 1}, ["service.prices.m.cahced", "did you mean cached?"]),
+    ("service.prices.m", {"input": 1, "output": 1, "flax": {}}, ["service.prices.m.flax", "did you mean flex?"]),
+    (
+        "service.prices.m",
+        {"input": 1, "output": 1, "flex": {"input": 1, "output": 1, "cahced": 1}},
+        ["service.prices.m.flex.cahced", "did you mean cached?"],
+    ),
 ]
 WRONG = [
     ("name", 5, ["name", "a text"]),
@@ -207,6 +217,12 @@ WRONG = [
     ("service.prices", {"m": {"input": 1}}, ["service.prices", "output is missing"]),
     ("service.prices", {"m": {"input": -1, "output": 1}}, ["service.prices.m.input: USD per million tokens"]),
     ("service.prices", {"m": {"input": float("nan"), "output": 1}}, ["service.prices.m.input"]),
+    ("service.prices", {"m": {"input": 1, "output": 1, "flex": {"input": 1}}}, ["service.prices", "output is missing"]),
+    (
+        "service.prices",
+        {"m": {"input": 1, "output": 1, "flex": {"input": 1, "output": -1}}},
+        ["service.prices.m.flex.output: USD per million tokens"],
+    ),
     ("service.prices", {"m": {"input": "x", "output": 1}}, ["service.prices", "expected float"]),
     ("service.prices", [], ["service.prices: a table"]),
     ("schedule.max_in_flight", 0, ["schedule.max_in_flight: a whole number from 1 to 100,000 or auto, not 0"]),

@@ -26,11 +26,25 @@ from batcher.dialects import openai
 from batcher.dialects.prices import cost
 from batcher.errors import StorageError
 from batcher.parse import AnswerSchema
-from batcher.records import Answer, Attempt, Failure, FileRecord, Former, Kind, Outcome, Price, Reply, Timing, Totals
+from batcher.records import (
+    Answer,
+    Attempt,
+    Failure,
+    FileRecord,
+    Former,
+    Kind,
+    Outcome,
+    Price,
+    Rates,
+    Reply,
+    Timing,
+    Totals,
+)
 from batcher.sink import ROW_GROUP_BYTES, ROW_GROUP_ROWS, Shape, Sink
 
 SENT = 1_790_000_000_000_000
 PRICE = Price(input=1.0, output=10.0, cached=0.5)
+TIERED = Price(input=1.0, output=10.0, flex=Rates(input=0.25, output=2.0))
 SCHEMA = AnswerSchema(
     {"type": "object", "properties": {"label": {"type": "string"}, "score": {"type": "integer"}}}, "answer"
 )
@@ -51,9 +65,10 @@ def read(attempt: Attempt) -> Answer | Failure:
     return openai.read(Reply(attempt.status or 200, {}, attempt.body or b"", Timing(attempt.sent_at, attempt.latency)))
 
 
-def price(model: str, prompt: int, cached: int, completion: int) -> float | None:
-    """What one model costs; others are not known."""
-    return cost(PRICE, prompt, cached, completion) if model == "known" else None
+def price(model: str, prompt: int, cached: int, completion: int, tier: str | None) -> float | None:
+    """What two models cost; others are not known."""
+    known = {"known": PRICE, "tiered": TIERED}.get(model)
+    return None if known is None else cost(known, prompt, cached, completion, tier)
 
 
 def answer(text: object, **more: object) -> bytes:
@@ -351,12 +366,34 @@ def test_the_bill_sums_every_attempt_that_may_be_paid(
     ended = "failures" if attempts[-1].outcome is Outcome.FAILED else "responses"
     row = output.row(ended)
     assert (row["billed_prompt_tokens"], row["billed_completion_tokens"]) == (prompt, completion)
-    whole = None if prompt is None or completion is None else cost(PRICE, prompt, 0, completion)
+    whole = None if prompt is None or completion is None else cost(PRICE, prompt, 0, completion, None)
     assert row["cost_usd"] == (None if whole is None else pytest.approx(whole))
     assert (totals.billed_prompt_tokens, totals.billed_completion_tokens) == (prompt or 0, completion or 0)
     assert row["attempts"] == len(tried)
     costs = [sent["cost_usd"] for sent in output.rows("attempts")]
     assert (None if None in costs else pytest.approx(sum(costs))) == row["cost_usd"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "usd"),
+    [
+        (None, {}, 60e-6),
+        ("flex", {}, 12.5e-6),
+        ("flex", {"service_tier": "default"}, 60e-6),
+        ("auto", {}, 60e-6),
+        ("auto", {"service_tier": "auto", "service_tier_used": "flex"}, 12.5e-6),
+    ],
+)
+def test_the_tier_that_served_an_answer_has_its_price(
+    tmp_path: Path, asked: str | None, said: dict[str, object], usd: float
+) -> None:
+    """What the service says of the tier goes before what was asked for; a lost attempt costs as it was asked for."""
+    output = Output(tmp_path, BARE)
+    lost = attempt(0, 1, Outcome.AGAIN, model="tiered", tier=asked, **PAID_FOR)
+    output.publish([lost, attempt(0, 2, model="tiered", tier=asked, body=answer("well", **said))])
+    costs = [sent["cost_usd"] for sent in output.rows("attempts")]
+    assert costs == pytest.approx([cost(TIERED, 100, 0, 64, asked), usd])
+    assert output.row()["cost_usd"] == pytest.approx(sum(costs))
 
 
 def test_kept_columns_give_way_to_ours(tmp_path: Path) -> None:

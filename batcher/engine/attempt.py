@@ -125,7 +125,8 @@ class Attempts:
         if self.held:
             self.release_held()
         prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
-        price = self._prepared.price(attempt.model, prompt, usage.cached_tokens or 0, completion)
+        cached, tier = usage.cached_tokens or 0, answer.tier(attempt.tier)
+        price = self._prepared.price(attempt.model, prompt, cached, completion, tier)
         self._counts.answered(prompt, completion, price)
 
     def _failed(self, ticket: Ticket, attempt: Attempt, failure: Failure) -> None:
@@ -173,7 +174,8 @@ class Attempts:
         else:
             return
         if prompt is not None and completion is not None:
-            self._counts.paid(prompt, completion, self._prepared.price(attempt.model, prompt, cached, completion))
+            price = self._prepared.price(attempt.model, prompt, cached, completion, attempt.tier)
+            self._counts.paid(prompt, completion, price)
 
     def _heed_headers(self, ticket: Ticket, result: Reply | Failure) -> None:
         now = self._now()

@@ -45,10 +45,10 @@ class Prepared(NamedTuple):
     """Values that must never be written or printed."""
     keep: tuple[str, ...]
 
-    def price(self, model: str, prompt: int, cached: int, completion: int) -> float | None:
-        """USD of these tokens, None where the model's price is not known."""
+    def price(self, model: str, prompt: int, cached: int, completion: int, tier: str | None) -> float | None:
+        """USD of these tokens in a tier, None where the model's price is not known."""
         known = self.job.service.prices.get(model) or self.dialect.prices.get(model)
-        return None if known is None else cost(known, prompt, cached, completion)
+        return None if known is None else cost(known, prompt, cached, completion, tier)
 
 
 def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prepared:
