@@ -290,9 +290,7 @@ class _Events:
                     if events.begun:
                         if self.begun is None:
                             self.begun = time.perf_counter()
-                        if (
-                            moment := now()
-                        ) >= renewed + 1.0:  # a timer for every token would cost too much
+                        if (moment := now()) >= renewed + 1.0:  # a timer for every token would cost too much
                             renewed = moment
                             patience.reschedule(moment + _SILENCE)
         except TimeoutError:
