@@ -50,4 +50,10 @@ def _forms(word: bytes) -> Iterator[bytes]:
 
 def _spelled(word: bytes) -> bytes:
     """A pattern for a secret any of whose characters JSON may have written as numbers."""
-    return b"".join(rb"(?:%s|\\%s|(?i:\\u00%02x))" % (plain := re.escape(bytes((byte,))), plain, byte) for byte in word)
+    pattern = b""
+    for letter in word.decode("utf-8", "surrogateescape"):
+        plain = re.escape(letter.encode("utf-8", "surrogateescape"))
+        units = letter.encode("utf-16-be", "surrogatepass")
+        numbers = b"".join(rb"\\u%s" % units[at : at + 2].hex().encode() for at in range(0, len(units), 2))
+        pattern += rb"(?:%s|\\%s|(?i:%s))" % (plain, plain, numbers)
+    return pattern

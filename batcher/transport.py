@@ -44,8 +44,6 @@ _LARGE_REQUEST: Final = 1 << 20
 """Above this many bytes aiohttp wants a stream rather than one piece."""
 _REFUSAL_BYTES: Final = 1 << 16
 """As much of a refusal as is worth reading."""
-_SILENCE: Final = 60.0
-"""Seconds that a stream may stand still once it has begun to answer."""
 _AFTERWARDS: Final = 1.0
 """Seconds that a connection may take to end an answer that is whole, or it is not kept."""
 _WORDINESS: Final = 64
@@ -76,7 +74,8 @@ class HttpTransport:
     """Requests to one service over HTTP. Made inside a running event loop.
 
     `url` is the service's base address, `timeout` the seconds that a whole request may take. `secrets` are cut out of
-    everything that comes back. `encoding` and `compression` are the job's. JobError when the address or a header cannot
+    everything that comes back. `encoding` and `compression` are the job's; `silence` is how many seconds a stream may
+    stand still once it has begun to answer. JobError when the address or a header cannot
     be sent.
     """
 
@@ -92,6 +91,7 @@ class HttpTransport:
         max_body_bytes: int = 8 << 20,
         encoding: str = "json",
         compression: str = "none",
+        silence: float = 60.0,
     ) -> None:
         self._url = _address(url)
         self._urls = {endpoint: _address(url + path) for endpoint, path in PATHS.items()}
@@ -102,6 +102,7 @@ class HttpTransport:
         proxy = _proxy(self._url) if proxy_from_environment else None
         self._redact = redactor([*secrets, *_passwords(proxy)])
         self._encoding, self._compression = encoding, compression
+        self._silence = silence
         self._plain = encoding == "json" and compression == "none"
         self._read: set[str] = set()  # how bodies were packed that the service has answered
         self._session = aiohttp.ClientSession(
@@ -143,7 +144,7 @@ class HttpTransport:
                 answer = await self._whole(response)
             else:
                 events = _Events()
-                answer = await events.read(response, self._max_body_bytes)
+                answer = await events.read(response, self._max_body_bytes, self._silence)
             timing = _timing(sent_at, started, events)
         except MemoryError:
             raise
@@ -274,7 +275,7 @@ class _Events:
         self.begun: float | None = None
         self.ended: float | None = None
 
-    async def read(self, response: aiohttp.ClientResponse, most: int) -> bytes:
+    async def read(self, response: aiohttp.ClientResponse, most: int, silence: float) -> bytes:
         """The answer as it comes without streaming, never more than `most` bytes of it in memory."""
         now = asyncio.get_running_loop().time
         events, unpacked = Assembler(most), _unpacking(response.headers.get(hdrs.CONTENT_ENCODING, ""))
@@ -292,10 +293,10 @@ class _Events:
                             self.begun = time.perf_counter()
                         if (moment := now()) >= renewed + 1.0:  # a timer for every token would cost too much
                             renewed = moment
-                            patience.reschedule(moment + _SILENCE)
+                            patience.reschedule(moment + silence)
         except TimeoutError:
             if patience.expired():
-                raise _UnreadableError(Kind.TIMEOUT, f"the answer stood still for {_SILENCE:g} s") from None
+                raise _UnreadableError(Kind.TIMEOUT, f"the answer stood still for {silence:g} s") from None
             raise
         answer = events.finish()
         self.ended = time.perf_counter()

@@ -1,8 +1,11 @@
 """One request over HTTP, against servers on real sockets that misbehave."""
 
 import asyncio
+import base64
 import contextlib
 import gzip
+import json
+import re
 import resource
 import socket
 import ssl
@@ -12,6 +15,7 @@ import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import anyio
 import msgspec
@@ -22,6 +26,7 @@ from hypothesis import strategies as st
 from batcher.dialects import cerebras
 from batcher.errors import JobError
 from batcher.records import Failure, Kind, Reply, Request
+from batcher.redact import redactor
 from batcher.transport import HttpTransport
 
 SECRET = "csk-0123456789abcdef"
@@ -175,6 +180,8 @@ async def transport_to(
     proxy_from_environment: bool = False,
     max_wire_bytes: int = 4 << 20,
     max_body_bytes: int = 8 << 20,
+    encoding: str = "json",
+    compression: str = "none",
 ) -> AsyncIterator[HttpTransport]:
     """A transport, closed in the end."""
     transport = HttpTransport(
@@ -186,6 +193,8 @@ async def transport_to(
         proxy_from_environment,
         max_wire_bytes,
         max_body_bytes,
+        encoding,
+        compression,
     )
     try:
         yield transport
@@ -772,6 +781,317 @@ def test_a_secret_that_is_sent_back_is_cut_out(status: str) -> None:
     assert SECRET not in repr(outcome.body)
     if isinstance(outcome, Failure):
         assert SECRET not in outcome.message
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda secret: json.dumps(secret)[1:-1],
+        lambda secret: json.dumps(secret)[1:-1].replace("/", r"\/"),
+        lambda secret: "".join(f"\\u{ord(letter):04X}" for letter in secret),
+        lambda secret: secret[:3] + "".join(f"\\u{ord(letter):04x}" for letter in secret[3:5]) + json_text(secret[5:]),
+        lambda secret: quote(secret, safe=""),
+        lambda secret: re.sub("%..", lambda found: found[0].lower(), quote(secret, safe="")),
+        *(
+            lambda secret, before=before: base64.b64encode(f"{before}{secret}; and more".encode()).decode()
+            for before in ("", "me:", "Bearer ", "a", "ab")
+        ),
+        lambda secret: base64.urlsafe_b64encode(f"me:{secret}".encode()).decode(),
+    ],
+    ids=lambda _: "",
+)
+@pytest.mark.parametrize("secret", [SECRET, 'sk/0"123?45\\6789+ab=', "ключ-0123456789~"])
+def test_a_secret_is_cut_out_in_whatever_form_it_comes_back(secret: str, write: Callable[[str], str]) -> None:
+    """Base64 at any offset, URL-quoted and JSON-escaped forms are known; nothing that gives the secret is left."""
+    written = write(secret)
+    redacted = redactor([secret, "short"])(f'{{"message":"the key {written} is wrong, says short \\u0041"}}'.encode())
+    assert b"[redacted]" in redacted
+    assert b"short" in redacted
+    assert written.encode() not in redacted
+    message = json.loads(redacted)["message"]
+    assert secret not in unquote(message)
+    letters = re.search("key (.*) is wrong", message)
+    assert letters is not None
+    left = letters[1].replace("[redacted]", "")
+    assert len(left) < len(written) - len(secret) + 6
+
+
+def json_text(text: str) -> str:
+    """A text as it stands in JSON."""
+    return json.dumps(text)[1:-1]
+
+
+@given(st.binary(max_size=40), st.binary(max_size=40))
+def test_what_is_no_secret_stays(before: bytes, after: bytes) -> None:
+    """Around a secret every byte stays as it is."""
+    redact = redactor([SECRET])
+    assert redact(before + after) == before + after
+    assert redact(before + SECRET.encode() + after) == before + b"[redacted]" + after
+
+
+def events(*data: str, done: bool = True) -> bytes:
+    """A chunked response of server-sent events, each in a chunk of its own."""
+    chunks = [f"data: {part}\n\n".encode() for part in (*data, *(["[DONE]"] if done else []))]
+    body = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks)
+    return STREAM + b"Transfer-Encoding: chunked\r\n\r\n" + body
+
+
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+ROLE = '{"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}'
+WORDS = '{"choices":[{"index":0,"delta":{"content":"yes"}}]}'
+STOP = '{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}'
+ASKED = msgspec.structs.replace(REQUEST, stream=True)
+STREAMED = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}]}
+
+
+def test_a_streamed_answer_is_one_object_and_its_connection_is_kept() -> None:
+    """Events become the object of a plain answer; the moment of the first token is that of the first word."""
+
+    async def talk(caller: Caller) -> None:
+        while await caller.request():
+            await caller.say(events(ROLE, done=False))
+            await asyncio.sleep(0.05)
+            await caller.say(events(WORDS, STOP).partition(b"\r\n\r\n")[2])
+            await asyncio.sleep(0.02)
+            await caller.say(b"0\r\n\r\n")
+
+    async def run() -> None:
+        async with serving(talk) as server, transport_to(server.url()) as transport:
+            for _ in range(3):
+                reply = await transport.send(ASKED)
+                assert isinstance(reply, Reply)
+                assert json.loads(reply.body) == STREAMED
+                first = reply.timing.time_to_first_token
+                assert first is not None
+                assert 0.05 <= first <= reply.timing.latency
+        assert server.connections == 1
+
+    anyio.run(run)
+
+
+def test_a_service_may_stream_or_not_whatever_was_asked() -> None:
+    """A plain answer to a request for a stream is accepted, and a stream to a plain request."""
+
+    async def run() -> None:
+        for raw, request in ((answer(), ASKED), (events(WORDS, STOP) + b"0\r\n\r\n", REQUEST)):
+            async with serving(saying(raw)) as server, transport_to(server.url()) as transport:
+                reply = await transport.send(request)
+            assert isinstance(reply, Reply)
+            assert not isinstance(cerebras.read(reply), Failure)
+            assert (reply.timing.time_to_first_token is None) is (request is ASKED)
+
+    anyio.run(run)
+
+
+def test_a_stream_may_be_packed() -> None:
+    """A content encoding is taken off as the pieces come."""
+    packer = zlib.compressobj(wbits=31)
+    parts = [packer.compress(f"data: {part}\n\n".encode()) + packer.flush(zlib.Z_SYNC_FLUSH) for part in (WORDS, STOP)]
+    raw = b"".join((*parts, packer.flush()))
+    head = STREAM + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(raw)
+    for outcome in outcomes(saying(head + raw), times=2):
+        assert isinstance(outcome, Reply)
+        assert json.loads(outcome.body) == STREAMED
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind"),
+    [
+        (events(WORDS, done=False), Kind.DISCONNECTED),
+        (events(WORDS, STOP, done=False), Kind.DISCONNECTED),
+        (STREAM + b"\r\ndata: " + WORDS.encode() + b"\n\n", Kind.DISCONNECTED),
+        (STREAM + b"\r\n", Kind.DISCONNECTED),
+        (STREAM + b"Content-Encoding: gzip\r\n\r\n" + b"data: 1\n\n", Kind.MALFORMED_RESPONSE),
+        (STREAM + b"Content-Encoding: br\r\n\r\n" + b"data: 1\n\n", Kind.MALFORMED_RESPONSE),
+    ],
+    ids=["chunks", "unended", "unlimited", "empty", "not-packed", "unasked-packing"],
+)
+def test_a_stream_that_breaks_off_is_no_answer(raw: bytes, kind: Kind) -> None:
+    """Nothing of a stream that lost its connection is stored, and it may be paid."""
+    found = failure(breaking(raw))
+    assert (found.kind, found.status, found.paid, found.body) == (kind, 200, True, None)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        events(WORDS, STOP),
+        events(WORDS, STOP, done=False) + b"0\r\n\r\n",
+        STREAM + f"\r\ndata: {WORDS}\n\ndata: {STOP}\n\n".encode(),
+    ],
+    ids=["no-end-of-chunks", "no-done", "neither"],
+)
+def test_a_stream_that_says_that_it_is_whole_is(raw: bytes) -> None:
+    """[DONE], or a finish reason for every choice at an end that HTTP allows, makes an answer whole."""
+    [outcome] = outcomes(breaking(raw))
+    assert isinstance(outcome, Reply)
+    assert json.loads(outcome.body) == STREAMED
+
+
+def test_a_stream_that_ends_unfinished_is_malformed_and_kept() -> None:
+    """A clean end without a finish reason is the service's fault: what came is there to be looked at."""
+    [outcome] = outcomes(saying(events(WORDS) + b"0\r\n\r\n"))
+    assert isinstance(outcome, Reply)
+    found = cerebras.read(outcome)
+    assert isinstance(found, Failure)
+    assert (found.kind, found.paid) == (Kind.MALFORMED_RESPONSE, True)
+    assert b"yes" in (found.body or b"")
+
+
+def test_an_error_within_a_stream_is_read_by_the_dialect() -> None:
+    """The error takes the place of the answer, secrets cut out, and the connection is not waited for."""
+    error = '{"error":{"message":"no, ' + SECRET + '","code":"queue_exceeded"},"status_code":429}'
+
+    async def stuck(caller: Caller) -> None:
+        await caller.request()
+        await caller.say(events(WORDS, error, done=False))
+        await caller.gone()
+
+    [outcome] = outcomes(stuck)
+    assert isinstance(outcome, Reply)
+    assert json.loads(outcome.body) == {
+        "error": {"message": "no, [redacted]", "code": "queue_exceeded"},
+        "status_code": 429,
+    }
+    found = cerebras.read(outcome)
+    assert isinstance(found, Failure)
+    assert (found.kind, found.message) == (Kind.OVERLOADED, "no, [redacted]")
+
+
+def test_a_secret_that_is_streamed_in_parts_is_cut_out() -> None:
+    """The answer is looked through when it is whole."""
+    parts = [WORDS.replace("yes", SECRET[start : start + 3]) for start in range(0, len(SECRET), 3)]
+    [outcome] = outcomes(saying(events(*parts, STOP) + b"0\r\n\r\n"))
+    assert isinstance(outcome, Reply)
+    assert json.loads(outcome.body)["choices"][0]["message"]["content"] == "[redacted]"
+
+
+def test_a_stream_that_hangs_ends_with_the_time_of_the_request() -> None:
+    """`timeout` holds for the whole of a stream, however lively it is."""
+
+    async def lively(caller: Caller) -> None:
+        await caller.request()
+        await caller.say(events(WORDS, done=False))
+        while True:
+            await caller.say(b"3\r\n:.\n\r\n")
+            await asyncio.sleep(0.01)
+
+    found = failure(lively, timeout=0.3)
+    assert (found.kind, found.paid) == (Kind.TIMEOUT, True)
+    assert found.message == "the answer was not whole within 0.3 s"
+    assert found.timing is not None
+    assert found.timing.time_to_first_token is not None
+
+
+def test_a_stream_that_stands_still_is_given_up() -> None:
+    """Once an answer has begun, silence ends it long before the time of the whole request."""
+
+    async def silent(caller: Caller) -> None:
+        await caller.request()
+        await caller.say(events(WORDS, done=False))
+        await caller.gone()
+
+    async def run() -> Reply | Failure:
+        async with serving(silent) as server:
+            transport = HttpTransport(server.url(), {}, cerebras, 20.0, silence=0.2)
+            try:
+                return await transport.send(ASKED)
+            finally:
+                await transport.close()
+
+    found = anyio.run(run)
+    assert isinstance(found, Failure)
+    assert (found.kind, found.paid, found.message) == (Kind.TIMEOUT, True, "the answer stood still for 0.2 s")
+
+
+def test_an_endless_stream_is_cut() -> None:
+    """What is kept has a bound, and what is thrown away has another one."""
+    for said in (WORDS, '{"choices":[]}'):
+        piece = f"data: {said}\n\n".encode() * 2000
+
+        async def endless(caller: Caller, piece: bytes = piece) -> None:
+            await caller.request()
+            await caller.say(STREAM + b"\r\n")
+            while True:
+                await caller.say(piece)
+
+        found = failure(endless, max_body_bytes=20_000)
+        assert (found.kind, found.paid) == (Kind.RESPONSE_TOO_LARGE, True)
+        assert found.message == "the answer is longer than 20,000 bytes"
+
+
+LONG = msgspec.structs.replace(
+    REQUEST,
+    body=msgspec.json.encode(
+        {"model": "m", "messages": [{"role": "user", "content": "long text " * 20_000}], "n": 1, "temperature": 1.0}
+    ),
+)
+
+
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+@pytest.mark.parametrize("compression", ["none", "gzip"])
+@pytest.mark.parametrize("request_", [REQUEST, LONG], ids=["short", "long"])
+def test_bodies_travel_as_the_job_says(encoding: str, compression: str, request_: Request) -> None:
+    """msgpack and gzip, alone and together, say in the headers what they are and unpack to the same values."""
+
+    async def run() -> bytes:
+        async with serving(saying(answer())) as server:
+            headers = {"Content-Type": "text/plain"}
+            async with transport_to(
+                server.url(), headers=headers, encoding=encoding, compression=compression
+            ) as transport:
+                assert isinstance(await transport.send(request_), Reply)
+            return server.requests[0]
+
+    head, _, body = anyio.run(run).partition(b"\r\n\r\n")
+    gzipped = compression == "gzip" and request_ is LONG
+    assert (b"\r\ncontent-encoding: gzip\r\n" in head.lower() + b"\r\n") is gzipped
+    content_type = {"json": b"application/json", "msgpack": b"application/vnd.msgpack"}[encoding]
+    assert [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-type:")] == [
+        b"content-type: " + content_type
+    ]
+    plain = gzip.decompress(body) if gzipped else body
+    if encoding == "json":
+        assert plain == request_.body
+    else:
+        values = msgspec.msgpack.decode(plain)
+        assert values == json.loads(request_.body)
+        if request_ is LONG:
+            assert (type(values["n"]), type(values["temperature"])) == (int, float)
+
+
+def test_a_number_that_msgpack_cannot_hold_is_its_rows_own_failure() -> None:
+    """Whole numbers end at 64 bits there; larger ones are not sent as something else."""
+    large = msgspec.structs.replace(REQUEST, body=b'{"seed":18446744073709551616}')
+
+    async def run() -> None:
+        async with serving(saying(answer())) as server:
+            async with transport_to(server.url(), encoding="msgpack") as transport:
+                found = await transport.send(large)
+                assert isinstance(await transport.send(REQUEST), Reply)
+            assert len(server.requests) == 1
+        assert isinstance(found, Failure)
+        assert (found.kind, found.paid) == (Kind.UNSENDABLE, False)
+
+    anyio.run(run)
+
+
+@pytest.mark.parametrize("status", [400, 415, 422, 429])
+def test_a_refusal_says_how_the_body_went_until_one_was_answered(status: int) -> None:
+    """A service that has answered a gzipped body can read gzip: later refusals have other reasons."""
+
+    async def talk(caller: Caller) -> None:
+        number = 0
+        while await caller.request():
+            await caller.say(answer() if number == 1 else answer(b"{}", status=f"{status} No"))
+            number += 1
+
+    async def run() -> list[str | None]:
+        async with serving(talk) as server, transport_to(server.url(), compression="gzip") as transport:
+            sent = [await transport.send(LONG) for _ in range(3)]
+        return [outcome.packing for outcome in sent if isinstance(outcome, Failure)]
+
+    assert anyio.run(run) == ([None, None] if status == 429 else ["gzip", None])
 
 
 def test_closing_closes_every_connection() -> None:
