@@ -2,50 +2,50 @@
 
 import copy
 import difflib
+import math
 import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, cast
 from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
 
+from batcher.checks import allowed, place_of, shown, word
 from batcher.errors import JobError
+from batcher.parameters import CHAT, COMPLETIONS, Count, Text, Tier, clash, is_template, misfit_given
 from batcher.records import Price, Rates
 
 SIMULATOR = "simulator"
 
 _Section = TypeVar("_Section", bound=Struct)
 
-_Count = Annotated[int, Meta(ge=1, le=2**53)]
 _Rate = Annotated[float, Meta(gt=0, le=1e12)]
-_Text = Annotated[str, Meta(min_length=1)]
 
 
 class Input(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the rows come from."""
 
-    path: _Text | Annotated[list[_Text], Meta(min_length=1)] | None = None
+    path: Text | Annotated[list[Text], Meta(min_length=1)] | None = None
     """None where the rows come from Python."""
     format: Literal["parquet", "jsonl", "csv", "arrow", "openai-batch"] | None = None
-    id: _Text | None = None
-    where: _Text | None = None
-    sample: _Count | None = None
-    limit: _Count | None = None
+    id: Text | None = None
+    where: Text | None = None
+    sample: Count | None = None
+    limit: Count | None = None
 
 
 class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who is asked, and how it is reached. `timeout` is in seconds once read."""
 
-    base_url: _Text = "https://api.cerebras.ai/v1"
-    api_key_env: _Text | None = None
+    base_url: Text = "https://api.cerebras.ai/v1"
+    api_key_env: Text | None = None
     dialect: Literal["cerebras", "openai"] | None = None
-    headers_env: _Text | None = None
+    headers_env: Text | None = None
     encoding: Literal["json", "msgpack"] = "json"
     compression: Literal["none", "gzip"] = "none"
     timeout: float = 600.0
@@ -60,6 +60,9 @@ class Schedule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     requests_per_minute: _Rate | None = None
     tokens_per_minute: _Rate | None = None
     uncached_tokens_per_minute: _Rate | None = None
+    service_tier: Tier | None = None
+    queue_threshold: Annotated[float, Meta(ge=0.05, le=20)] | None = None
+    """Seconds once read."""
 
 
 class Retry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -72,9 +75,9 @@ class Retry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Output(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the answers go."""
 
-    path: _Text
-    ledger: _Text | None = None
-    keep: list[_Text] | Literal["all"] = "all"
+    path: Text
+    ledger: Text | None = None
+    keep: list[Text] | Literal["all"] = "all"
     rows_per_part: Annotated[int, Meta(ge=1, le=10_000_000)] = 50_000
     raw: bool = False
 
@@ -86,47 +89,18 @@ class RequestTemplate(Struct, frozen=True, kw_only=True):
     """None: the column `url` names each row's."""
     parameters: dict[str, object]
     """The API's own names; strings may be templates. `messages` or `prompt` is among them, or there are none."""
+    extra: dict[str, object] = {}
+    """What goes into the body as it is, after all else."""
     body: str | None = None
     """A template that gives a whole request, in place of all parameters."""
     schema: dict[str, object] | None = None
     schema_name: str = "answer"
 
 
-_Unit = Annotated[float, Meta(ge=0, le=1)]
-_Penalty = Annotated[float, Meta(ge=-2, le=2)]
-_PARAMETERS: dict[str, Any] = {
-    "model": _Text,
-    "frequency_penalty": _Penalty,
-    "max_completion_tokens": _Count,
-    "max_tokens": _Count,
-    "n": Annotated[int, Meta(ge=1, le=128)],
-    "presence_penalty": _Penalty,
-    "prompt_cache_key": Annotated[str, Meta(max_length=1024)],
-    "reasoning_effort": Literal["none", "low", "medium", "high"],
-    "response_format": dict[str, Any],
-    "seed": Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)],
-    "stop": str | Annotated[list[str], Meta(min_length=1, max_length=4)],
-    "temperature": Annotated[float, Meta(ge=0, le=2)],
-    "top_p": _Unit,
-    "user": str,
-}
-"""Types and ranges of the chat completions reference (api.cerebras.ai, /v1/chat/completions)."""
-_MESSAGES = Annotated[list[dict[str, Any]], Meta(min_length=1)]
-_CHAT: dict[str, Any] = _PARAMETERS | {"messages": _MESSAGES}
-_NOT_COMPLETIONS = {"max_completion_tokens", "response_format", "reasoning_effort"}
-_COMPLETIONS: dict[str, Any] = {k: t for k, t in _PARAMETERS.items() if k not in _NOT_COMPLETIONS} | {"prompt": str}
-_SHORTHANDS = ("endpoint", "system", "prompt", "body")
-
-_URLS = {"/chat/completions": "chat", "/completions": "completions"}
+_SHORTHANDS = ("endpoint", "system", "prompt", "body", "extra")
 
 _LATER = {
-    "request": (
-        *("extra", "tools", "tool_choice", "parallel_tool_calls", "logprobs", "top_logprobs", "logit_bias"),
-        *("prediction", "stream", "stream_options", "clear_thinking", "disable_reasoning", "reasoning_format"),
-        *("min_completion_tokens", "min_tokens", "return_raw_tokens", "grammar_root", "echo", "best_of"),
-        *("service_tier", "queue_threshold"),
-    ),
-    "schedule": ("service_tier", "queue_threshold", "deadline", "budget_usd", "dedupe", "wait"),
+    "schedule": ("deadline", "budget_usd", "dedupe", "wait"),
     "retry": ("repair",),
     "": ("sweep", "score"),
 }
@@ -205,7 +179,7 @@ class Job:
         if self.input.sample is not None and self.input.limit is not None:
             raise JobError(f"{origin}: input: sample or limit, not both")
         self.service: Service = _service(sections["service"], origin)
-        self.schedule: Schedule = _section(Schedule, "schedule", sections["schedule"], origin)
+        self.schedule: Schedule = _schedule(sections["schedule"], sections["request"], origin)
         self.retry: Retry = _section(Retry, "retry", sections["retry"], origin)
         self.output: Output = _section(Output, "output", sections["output"], origin)
         self.texts = dict(texts or {})
@@ -215,7 +189,7 @@ class Job:
         places += [("output.path", self.output.path), ("output.ledger", self.output.ledger or "")]
         for key, place in places:
             if "://" in place and key != "input.path":
-                raise JobError(f"{origin}: {key}: {_shown(place)}: only local paths are supported yet")
+                raise JobError(f"{origin}: {key}: {shown(place)}: only local paths are supported yet")
             if "\0" in place:
                 raise JobError(f"{origin}: {key}: no path holds a NUL")
         try:
@@ -260,7 +234,7 @@ class Job:
             section, *keys = _override(sections, setting)
             if section not in ("request", "service", "schedule", "retry"):
                 raise JobError(
-                    f"--set {_word(setting)}: a retry may change [request], [service], [schedule] and [retry] only"
+                    f"--set {word(setting)}: a retry may change [request], [service], [schedule] and [retry] only"
                 )
             if section == "request":
                 value = _with_files(sections[section][keys[0]], self.folder, f"{self.origin}: request.{keys[0]}", {})
@@ -275,6 +249,7 @@ class Job:
         return {
             "request.endpoint": self.request.endpoint,
             **parameters,
+            "request.extra": self.request.extra,
             "request.body": self.request.body,
             "request.response_format.schema": self.request.schema,
             "service.host": SIMULATOR
@@ -331,40 +306,7 @@ def from_document(
 
 def keys() -> tuple[Mapping[str, type[Struct]], Mapping[str, Mapping[str, Any]]]:
     """What a job file may hold: the struct of each section, and the types of `[request]`'s keys by endpoint."""
-    return _SECTIONS, {"chat": _CHAT | {"system": str, "prompt": str}, "completions": _COMPLETIONS}
-
-
-def endpoint_of(url: object) -> str | None:
-    """The endpoint that a batch file's `url` names; None where we do not serve it."""
-    return _URLS.get(url.removeprefix("/v1")) if isinstance(url, str) else None
-
-
-def misfits(endpoint: str, request: Mapping[str, object]) -> str | None:
-    """Say what is wrong with a whole request, or None. What nobody here knows may be another server's: it passes."""
-    for name in ("model", "messages" if endpoint == "chat" else "prompt"):
-        if request.get(name) is None:
-            return f"{name} is missing"
-    if request.get("stream"):
-        return "stream: answers are read whole here; take it out"
-    known = _CHAT if endpoint == "chat" else _COMPLETIONS
-    for name in known:
-        if request.get(name) is not None and (wrong := misfit(endpoint, name, request[name])):
-            return wrong
-    return None
-
-
-def misfit(endpoint: str, name: str, value: object) -> str | None:
-    """Say what is wrong with one parameter's value, or None. The check of both job files and rendered rows."""
-    kind = (_CHAT if endpoint == "chat" else _COMPLETIONS)[name]
-    try:
-        msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        return f"{name}{_place(error)}: {_allowed(kind, error)}, not {_shown(value)}"
-    if name == "messages":
-        for index, message in enumerate(value if isinstance(value, list) else []):
-            if not isinstance(message.get("role"), str):
-                return f"{name}[{index}]: every message has a role"
-    return None
+    return _SECTIONS, {"chat": CHAT | {"system": str, "prompt": str}, "completions": COMPLETIONS}
 
 
 def duration(text: object) -> float:
@@ -375,13 +317,8 @@ def duration(text: object) -> float:
     elif found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)", str(text).strip(), re.ASCII):
         seconds = float(found[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
     if not 0 < seconds < 1e9:
-        raise ValueError(f'a duration such as "90s" or "10m", not {_shown(text)}')
+        raise ValueError(f'a duration such as "90s" or "10m", not {shown(text)}')
     return seconds
-
-
-def is_template(value: object) -> bool:
-    """Whether a value of `[request]` is a text that Jinja has to render."""
-    return isinstance(value, str) and ("{{" in value or "{%" in value or "{#" in value)
 
 
 def _section(kind: type[_Section], name: str, given: Mapping[str, object], origin: str) -> _Section:
@@ -393,14 +330,39 @@ def _section(kind: type[_Section], name: str, given: Mapping[str, object], origi
     try:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
-        place = _place(error)
+        place = place_of(error)
         if missing := re.search(r"missing required field `(\w+)`", str(error)):
             raise JobError(f"{origin}: {name}{place}.{missing[1]} is missing") from None
         key = re.split(r"[.\[]", place)[1]
-        allowed = _allowed(fields[key], error)
+        may_be = allowed(fields[key], error)
         if key.endswith("_env"):  # whoever mistakes it puts the secret itself there
-            raise JobError(f"{origin}: {name}{place}: {allowed}: the name of an environment variable") from None
-        raise JobError(f"{origin}: {name}{place}: {allowed}, not {_shown(given.get(key))}") from None
+            raise JobError(f"{origin}: {name}{place}: {may_be}: the name of an environment variable") from None
+        raise JobError(f"{origin}: {name}{place}: {may_be}, not {shown(given.get(key))}") from None
+
+
+def _schedule(given: Mapping[str, object], request: Mapping[str, object], origin: str) -> Schedule:
+    values = dict(given)
+    tier = values.get("service_tier")
+    if isinstance(tier, list):
+        raise JobError(f"{origin}: schedule.service_tier: a list of tiers is not supported yet; name one")
+    if "queue_threshold" in values:
+        try:
+            values["queue_threshold"] = seconds = duration(values["queue_threshold"])
+        except ValueError as error:
+            raise JobError(f"{origin}: schedule.queue_threshold: {error}") from None
+        if not 0.05 <= seconds <= 20:
+            raise JobError(
+                f"{origin}: schedule.queue_threshold: from 50 ms to 20 s, not {shown(given['queue_threshold'])}"
+            )
+    schedule: Schedule = _section(Schedule, "schedule", values, origin)
+    whole = "body" in request
+    if tier is not None and whole:
+        raise JobError(f"{origin}: schedule.service_tier: whole requests name their own service_tier")
+    if tier is not None and request.get("endpoint") == "completions":
+        raise JobError(f"{origin}: schedule.service_tier: not with endpoint = 'completions', which has no tiers")
+    if schedule.queue_threshold is not None and tier not in ("flex", "auto") and not whole:
+        raise JobError(f'{origin}: schedule.queue_threshold: only with service_tier = "flex" or "auto"')
+    return schedule
 
 
 def _service(given: Mapping[str, object], origin: str) -> Service:
@@ -415,7 +377,7 @@ def _service(given: Mapping[str, object], origin: str) -> Service:
         if not re.fullmatch(r"[A-Za-z_]\w*", getattr(service, key) or "_", re.ASCII):
             raise JobError(f"{origin}: service.{key}: the name of an environment variable, never the secret itself")
     for model, price in service.prices.items():
-        _check_rates(price, cast(Any, given)["prices"][model], f"service.prices.{_word(model)}", origin)
+        _check_rates(price, cast(Any, given)["prices"][model], f"service.prices.{word(model)}", origin)
     if service.base_url == SIMULATOR:
         return service
     try:
@@ -426,7 +388,7 @@ def _service(given: Mapping[str, object], origin: str) -> Service:
     if "@" in service.base_url:
         raise JobError(f"{origin}: service.base_url: no user or password in the URL; name a variable in api_key_env")
     if not sound or not service.base_url.isprintable() or " " in service.base_url:
-        raise JobError(f'{origin}: service.base_url: an http(s) URL or "simulator", not {_shown(service.base_url)}')
+        raise JobError(f'{origin}: service.base_url: an http(s) URL or "simulator", not {shown(service.base_url)}')
     if url.query or url.fragment:
         raise JobError(f"{origin}: service.base_url: no ? or # part, please")
     if url.scheme == "http" and not _is_near(url.hostname or ""):
@@ -462,22 +424,24 @@ def _request(
     """The `[request]` section; `batch` says that the rows have the columns of an OpenAI batch file."""
     endpoint = given.get("endpoint", "chat")
     if endpoint not in ("chat", "completions"):
-        raise JobError(f"{origin}: request.endpoint: chat or completions, not {_shown(endpoint)}")
+        raise JobError(f"{origin}: request.endpoint: chat or completions, not {shown(endpoint)}")
     chat = endpoint == "chat"
-    known = _CHAT if chat else _COMPLETIONS
+    known = CHAT if chat else COMPLETIONS
     for key, value in given.items():
         _refuse_later("request", key, value, origin)
-        if key not in known and not (key in _SHORTHANDS if chat else key in ("endpoint", "body")):
-            if key in {*_CHAT, *_COMPLETIONS, *_SHORTHANDS}:
-                raise JobError(f"{origin}: request.{key}: not with endpoint = {_shown(endpoint)}")
-            raise _unknown("request", key, {*known, *_SHORTHANDS} if chat else {*known, "endpoint", "body"}, origin)
+        if key not in known and not (key in _SHORTHANDS if chat else key in ("endpoint", "body", "extra")):
+            if key in {*CHAT, *COMPLETIONS, *_SHORTHANDS}:
+                raise JobError(f"{origin}: request.{key}: not with endpoint = {shown(endpoint)}")
+            own = _SHORTHANDS if chat else ("endpoint", "body", "extra")
+            raise _unknown("request", key, {*known, *own}, origin)
     if "body" in given:
         return _whole_request(given, batch, folder, origin, texts)
-    values = {key: _with_files(value, folder, f"{origin}: request.{key}", texts) for key, value in given.items()}
-    values.pop("endpoint", None)
-    if "max_tokens" in values and "max_completion_tokens" in values:
-        raise JobError(f"{origin}: request: max_tokens or max_completion_tokens, not both")
-
+    extra = _extra(given.get("extra", {}), origin)
+    values = {
+        key: _with_files(value, folder, f"{origin}: request.{key}", texts)
+        for key, value in given.items()
+        if key not in ("endpoint", "extra")
+    }
     schema: dict[str, object] | None = None
     schema_name = "answer"
     wanted = values.get("response_format")
@@ -490,7 +454,7 @@ def _request(
     if chat:
         for key in ("system", "prompt"):
             if key in values and not isinstance(values[key], str):
-                raise JobError(f"{origin}: request.{key}: a text, not {_shown(values[key])}")
+                raise JobError(f"{origin}: request.{key}: a text, not {shown(values[key])}")
         shorthands = {key: values.pop(key) for key in ("system", "prompt") if key in values}
         if ("messages" in values) == ("prompt" in shorthands) or ("messages" in values and shorthands):
             raise JobError(f"{origin}: request: give prompt (and system, if you like), or messages")
@@ -504,9 +468,39 @@ def _request(
     if "model" not in values:
         raise JobError(f"{origin}: request.model is missing")
     for key, value in values.items():
-        if not is_template(value) and (wrong := misfit(endpoint, key, value)):
+        if wrong := misfit_given(endpoint, key, value):
             raise JobError(f"{origin}: request.{wrong}")
-    return RequestTemplate(endpoint=endpoint, parameters=values, schema=schema, schema_name=schema_name)
+        if not _is_json(value):
+            raise JobError(f"{origin}: request.{key}: JSON has no infinity and no nan")
+    if wrong := clash(values if schema is None else {**values, "response_format": {"type": "json_schema"}}):
+        raise JobError(f"{origin}: request: {wrong}")
+    return RequestTemplate(endpoint=endpoint, parameters=values, extra=extra, schema=schema, schema_name=schema_name)
+
+
+def _extra(given: object, origin: str) -> dict[str, object]:
+    """The section `[request.extra]`, which is for other servers: what this program knows has a key of its own."""
+    if not isinstance(given, dict):
+        raise JobError(f"{origin}: request.extra: a table, not {shown(given)}")
+    for key in given:
+        if key in {*CHAT, *COMPLETIONS, *_SHORTHANDS}:
+            raise JobError(f"{origin}: request.extra.{key}: belongs in [request] itself")
+        if key in Schedule.__struct_fields__:
+            raise JobError(f"{origin}: request.extra.{key}: belongs in [schedule]")
+    if not _is_json(given):
+        raise JobError(f"{origin}: request.extra: JSON has no infinity and no nan")
+    return given
+
+
+def _is_json(value: object) -> bool:
+    """Whether JSON has a word for every number of a value."""
+    match value:
+        case float():
+            return math.isfinite(value)
+        case dict():
+            return all(map(_is_json, value.values()))
+        case list():
+            return all(map(_is_json, value))
+    return True
 
 
 def _whole_request(
@@ -521,7 +515,7 @@ def _whole_request(
             raise JobError(f"{origin}: request.{key}: {why}; nothing is added to it")
     body = _with_files(given["body"], folder, f"{origin}: request.body", texts)
     if not isinstance(body, str) or not is_template(body):
-        raise JobError(f'{origin}: request.body: a template such as "{{{{ body }}}}", not {_shown(body)}')
+        raise JobError(f'{origin}: request.body: a template such as "{{{{ body }}}}", not {shown(body)}')
     endpoint: Any = None if batch else given.get("endpoint", "chat")
     return RequestTemplate(endpoint=endpoint, parameters={}, body=body)
 
@@ -535,7 +529,7 @@ def _with_files(value: object, folder: Path, where: str, texts: dict[str, str]) 
                     texts[name] = (folder / name).read_text(encoding="utf-8-sig")
                 return texts[name].rstrip("\n")
             except (OSError, ValueError) as error:
-                raise JobError(f"{where}: {_word(name)} cannot be read: {_reason(error)}") from None
+                raise JobError(f"{where}: {word(name)} cannot be read: {_reason(error)}") from None
         case dict():
             return {key: _with_files(inner, folder, where, texts) for key, inner in value.items()}
         case list():
@@ -548,17 +542,17 @@ def _schema(given: object, folder: Path, where: str, texts: dict[str, str]) -> t
     if isinstance(given, dict):
         return given, str(given.get("title", "answer"))
     if not isinstance(given, str):
-        raise JobError(f"{where}: a file name or a table, not {_shown(given)}")
+        raise JobError(f"{where}: a file name or a table, not {shown(given)}")
     try:
         if given not in texts:
             texts[given] = (folder / given).read_text(encoding="utf-8")
         schema = msgspec.json.decode(texts[given])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise JobError(f"{where}: {_word(given)} is not JSON: {error}") from None
+        raise JobError(f"{where}: {word(given)} is not JSON: {error}") from None
     except (OSError, ValueError) as error:
-        raise JobError(f"{where}: {_word(given)} cannot be read: {_reason(error)}") from None
+        raise JobError(f"{where}: {word(given)} cannot be read: {_reason(error)}") from None
     if not isinstance(schema, dict):
-        raise JobError(f"{where}: {_word(given)} holds no JSON object")
+        raise JobError(f"{where}: {word(given)} holds no JSON object")
     return schema, str(schema.get("title") or Path(given).name.split(".")[0])
 
 
@@ -566,7 +560,7 @@ def _refuse_later(section: str, key: str, value: object, origin: str) -> None:
     if key in _LATER.get(section, ()):
         raise JobError(f"{origin}: {section}.{key} is not supported yet")
     if isinstance(value, str) and value in _LATER_VALUES.get((section, key), ()):
-        raise JobError(f"{origin}: {section}.{key} = {_shown(value)} is not supported yet")
+        raise JobError(f"{origin}: {section}.{key} = {shown(value)} is not supported yet")
 
 
 def _override(document: dict[str, Any], setting: str) -> list[str]:
@@ -574,7 +568,7 @@ def _override(document: dict[str, Any], setting: str) -> list[str]:
     key, equals, text = setting.partition("=")
     *sections, name = key.strip().split(".")
     if not equals or not name or len(sections) > 2:
-        raise JobError(f"--set {_word(setting)}: section.key=value, please")
+        raise JobError(f"--set {word(setting)}: section.key=value, please")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
@@ -582,7 +576,7 @@ def _override(document: dict[str, Any], setting: str) -> list[str]:
     for section in sections:
         document = document.setdefault(section, {})
         if not isinstance(document, dict):
-            raise JobError(f"--set {_word(setting)}: {section} is not a section")
+            raise JobError(f"--set {word(setting)}: {section} is not a section")
     document[name] = value
     return [*sections, name]
 
@@ -590,7 +584,7 @@ def _override(document: dict[str, Any], setting: str) -> list[str]:
 def _unknown(section: str, key: str, known: Iterable[str], origin: str) -> JobError:
     """What to say of a key that is not there: the one that was meant, or the section that has it."""
     homes = {name: {*kind.__struct_fields__, *_LATER.get(name, ())} for name, kind in _SECTIONS.items()}
-    homes["request"] = {*_CHAT, *_SHORTHANDS, *_LATER["request"]}
+    homes["request"] = {*CHAT, *COMPLETIONS, *_SHORTHANDS}
     close = difflib.get_close_matches(key, sorted(known), n=1)
     home = next((name for name, keys in homes.items() if key in keys), None)
     if home is not None:
@@ -599,61 +593,7 @@ def _unknown(section: str, key: str, known: Iterable[str], origin: str) -> JobEr
         hint = f"did you mean {close[0]}?"
     else:
         hint = f"known are {', '.join(sorted(known))}"
-    return JobError(f"{origin}: unknown key {section}{'.' if section else ''}{_word(key)}; {hint}")
-
-
-def _place(error: msgspec.ValidationError) -> str:
-    """Where in the value it is wrong: `.key`, `[0]`, or nothing."""
-    found = re.search(r"at `\$((?:\.\w+|\[[^\]]*\])*)`", str(error))
-    return found[1] if found else ""
-
-
-def _allowed(kind: Any, error: msgspec.ValidationError) -> str:
-    """What a value may be, in words; inside of it, what msgspec says."""
-    if re.search(r"\[[^\]]*\]", _place(error)):
-        return (
-            re.sub(r" - at `.*`$", "", str(error)).replace("`", "").replace("Expected ", "expected ").split(", got")[0]
-        )
-    return " or ".join(_words(kind, {}))
-
-
-def _words(kind: Any, bounds: Mapping[str, Any]) -> list[str]:
-    """The alternatives of a type, with the bounds of its annotation."""
-    origin = get_origin(kind)
-    if origin is Annotated:
-        inner, meta = get_args(kind)
-        return _words(inner, {name: bound for name in _BOUNDS if (bound := getattr(meta, name)) is not None})
-    if origin is Literal:
-        return [str(choice) for choice in get_args(kind)]
-    if kind is not NoneType and (kind in _NAMES or origin in _NAMES):
-        words = [_NAMES[origin or kind]]
-        words += [f"{_BOUNDS[name]} {bound:,}" for name, bound in bounds.items() if abs(bound) < 2**53]
-        return [" ".join(words)]
-    return [word for part in get_args(kind) for word in _words(part, bounds)]
-
-
-_NAMES = {
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    list: "a list",
-    dict: "a table",
-}
-_BOUNDS = {"gt": "above", "ge": "from", "le": "to", "min_length": "of at least", "max_length": "of at most"}
-
-
-def _word(text: str) -> str:
-    """A key or a name, fit for a line."""
-    return text if text.isprintable() and 0 < len(text) <= 60 else _shown(text)
-
-
-def _shown(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no number of more than 4,300 digits
-        text = "a number beyond all measure"
-    return text if len(text) <= 60 else text[:57] + "…"
+    return JobError(f"{origin}: unknown key {section}{'.' if section else ''}{word(key)}; {hint}")
 
 
 def _reason(error: Exception) -> str:
@@ -681,5 +621,5 @@ def _difference(key: str, before: object, after: object) -> Iterator[str]:
             same = next((i for i, (one, other) in pairs if one != other), min(len(before), len(after)))
             if same > 40:  # of long texts, the place where they part
                 before, after = (f"…{text[same - 20 :]}" for text in (before, after))
-        was, now = ("absent" if value is None else _shown(value) for value in (before, after))
+        was, now = ("absent" if value is None else shown(value) for value in (before, after))
         yield f"{key}: was {was}, is now {now}"

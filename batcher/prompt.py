@@ -2,9 +2,10 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, NoReturn, cast
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, cast
 
 import jinja2
 import jinja2.meta
@@ -14,50 +15,82 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batcher.errors import JobError
-from batcher.job import RequestTemplate, endpoint_of, is_template, misfit, misfits
+from batcher.images import MOST_BYTES, Images
+from batcher.job import RequestTemplate
+from batcher.parameters import (
+    COMBINED,
+    clash,
+    endpoint_of,
+    has_template,
+    is_template,
+    misfit,
+    misfit_message,
+    misfits,
+)
 from batcher.records import Failure, Kind, Request, Row
 
 BYTES_PER_TOKEN = 4
 """English prose in common tokenizers; an estimate until the service has counted."""
 
+IMAGE_TOKENS = 280
+"""What an image is reckoned at, whatever its size: the most that the service's reference has for one."""
+
 _Fields = Mapping[str, object]
 _Render = Callable[[_Fields], object]
+_Compile = Callable[[object, set[str]], _Render | None]
 
 
 class Composer:
     """The `[request]` section, compiled. `names` are the columns it needs.
 
-    `response_format` is the API's own object where the job gave a schema.
+    `response_format` is the API's own object where the job gave a schema. `tier` is the service tier that every request
+    asks for. Below `folders` lie the images that rows may name; relative paths start from the first.
     Raises JobError where a template cannot be compiled.
     """
 
-    def __init__(self, template: RequestTemplate, response_format: Mapping[str, object] | None, origin: str) -> None:
+    def __init__(
+        self,
+        template: RequestTemplate,
+        response_format: Mapping[str, object] | None,
+        origin: str,
+        tier: str | None = None,
+        folders: Sequence[Path] = (),
+    ) -> None:
         self._endpoint = template.endpoint
+        self._tier = tier
         self._environment = _Environment()
+        self._environment.filters["data_uri"] = Images(folders).data_uri
         self._bare = _Environment()
         self._bare.globals.clear()
+        self.reads_files = False
+        """Whether composing reads files, which does not belong on an event loop."""
         self._fixed: dict[str, object] = {}
         self._rendered: list[tuple[str, _Render]] = []
         names: set[str] = set()
         parameters = dict(template.parameters)
         if response_format is not None:
             parameters["response_format"] = response_format
+        if tier is not None:
+            parameters["service_tier"] = tier
+        said = _NOTHING
         for name, value in parameters.items():
             # The words of the job's schema are the service's to read, not templates.
-            render = None if value is response_format else self._named(name, value, names, origin)
-            if render is None:
-                self._fixed[name] = msgspec.Raw(msgspec.json.encode(value))
-            else:
+            render = None
+            if value is not response_format:
+                alone = name == "messages" and _stand_alone(value)
+                render = self._named(name, value, names, origin, self._messages if alone else self._compile)
+            encoded = _encode(value)
+            self._fixed[name] = msgspec.Raw(encoded)  # of what is rendered, the place in the order
+            if render is not None:
                 self._rendered.append((name, render))
-        # Parameters are no part of the prompt: only what is said counts in the estimate.
-        self._apart = sum(
-            len(name) + len(msgspec.json.encode(value)) + 4
-            for name, value in parameters.items()
-            if name in self._fixed and name not in ("messages", "prompt")
-        )
-        # What varies is checked row by row, but for texts inside messages: those were checked with the job.
+            elif name in _SPOKEN:
+                said = said.and_(_measured(name, value, encoded))
+        self._said = said
+        self._extra = {name: msgspec.Raw(_encode(value)) for name, value in template.extra.items()}
+        # What varies is checked row by row; of messages that do not vary as a whole, each by itself as it is rendered.
         varying = {name for name, _ in self._rendered}
-        self._checked = {name for name in varying if name != "messages" or is_template(parameters[name])}
+        self._checked = {name for name in varying if name != "messages" or not _stand_alone(parameters[name])}
+        self._combined = bool(varying & COMBINED)
         self._constants = parameters
         self._whole: _Render | None = None
         if template.body is not None:
@@ -75,30 +108,36 @@ class Composer:
         assert self._endpoint is not None
         fields = self._seen(row)
         values = self._fixed.copy()
+        given = self._constants.copy()
+        said = self._said
         name = "body"
         try:
             for name, render in self._rendered:
                 value = render(fields)
+                if isinstance(value, _NESTING) or name in _SPOKEN:
+                    encoded = _encode(value)
+                    values[name] = msgspec.Raw(encoded)
+                    if name in self._checked and name != "prompt" and not isinstance(value, str):
+                        value = _decode(encoded)  # as the service sees it, null where there is a null
+                    if name in _SPOKEN:
+                        said = said.and_(_measured(name, value, encoded))
+                else:
+                    values[name] = value
                 if name in self._checked and (wrong := misfit(self._endpoint, name, value)):
-                    return Failure(Kind.UNSENDABLE, wrong)
-                values[name] = value
+                    return Failure(Kind.UNSENDABLE, wrong[:300])
+                given[name] = value
+            if self._combined and (wrong := clash(given)):
+                return Failure(Kind.UNSENDABLE, wrong[:300])
+            if self._extra:
+                values |= self._extra
             body = _encode(values)
         except UnicodeEncodeError:
             return Failure(Kind.UNSENDABLE, "the text holds a lone surrogate, which UTF-8 cannot carry")
+        except _MisfitError as error:
+            return Failure(Kind.UNSENDABLE, str(error)[:300])
         except Exception as error:  # whatever a template of the job's author raises is this row's failure
             return Failure(Kind.UNSENDABLE, f"request.{name}: {error}"[:300])
-        cap = self._value("max_completion_tokens", values) or self._value("max_tokens", values) or 0
-        return Request(
-            unit=unit,
-            row=row.position,
-            model=cast(str, self._value("model", values)),
-            body=body,
-            prompt_tokens=max(1, (len(body) - self._apart) // BYTES_PER_TOKEN),
-            output_tokens=cast(int, cap) * cast(int, self._value("n", values) or 1),
-            hash=hashlib.blake2b(body, digest_size=16).digest(),
-            cache_key=cast(str | None, self._value("prompt_cache_key", values)),
-            endpoint=self._endpoint,
-        )
+        return _request(row, unit, self._endpoint, given, body, said)
 
     def unserved(self, row: Row) -> str | None:
         """Say so where a row's `url` is one that is not served, or None."""
@@ -129,19 +168,10 @@ class Composer:
             return Failure(Kind.UNSENDABLE, "request.body: a request is a JSON object")
         if wrong := misfits(endpoint, request):
             return Failure(Kind.UNSENDABLE, f"request.body: {wrong}"[:300])
-        said = _encode(request["messages" if endpoint == "chat" else "prompt"])
-        cap = request.get("max_completion_tokens") or request.get("max_tokens") or 0
-        return Request(
-            unit=unit,
-            row=row.position,
-            model=request["model"],
-            body=body,
-            prompt_tokens=max(1, len(said) // BYTES_PER_TOKEN),
-            output_tokens=cap * (request.get("n") or 1),
-            hash=hashlib.blake2b(body, digest_size=16).digest(),
-            cache_key=request.get("prompt_cache_key"),
-            endpoint=endpoint,
-        )
+        said = _NOTHING
+        for name in _SPOKEN & request.keys():
+            said = said.and_(_measured(name, request[name], _encode(request[name])))
+        return _request(row, unit, endpoint, request, body, said)
 
     def _seen(self, row: Row) -> _Fields:
         """A row's fields as templates see them: what is not there is null, and every null knows its name."""
@@ -153,13 +183,12 @@ class Composer:
                 return {name: _guarded(value, name) for name, value in fields.items()}
         return fields
 
-    def _value(self, name: str, values: Mapping[str, object]) -> object:
-        return values[name] if name in self._checked else self._constants.get(name)
-
-    def _named(self, name: str, value: object, names: set[str], origin: str) -> _Render | None:
+    def _named(
+        self, name: str, value: object, names: set[str], origin: str, compile_: _Compile | None = None
+    ) -> _Render | None:
         """As `_compile`, with the parameter's name before what is wrong. Raises JobError."""
         try:
-            return self._compile(value, names)
+            return (compile_ or self._compile)(value, names)
         except jinja2.TemplateSyntaxError as error:
             wrong = f"{error.message} (line {error.lineno})"
             raise JobError(f"{origin}: request.{name}: not a Jinja template: {wrong}") from None
@@ -187,14 +216,41 @@ class Composer:
             parts = [self._compile(item, names) for item in value]
             if not any(parts):
                 return None
-            # Messages that never change are encoded once: a long system prompt costs a row nothing but a copy.
-            constants = [msgspec.Raw(_encode(item)) if isinstance(item, _NESTING) else item for item in value]
-            pairs = list(zip(parts, constants, strict=True))
+            pairs = list(zip(parts, value, strict=True))
             return lambda fields: [constant if render is None else render(fields) for render, constant in pairs]
         return None
 
+    def _messages(self, value: object, names: set[str]) -> _Render | None:
+        """As `_compile`, of messages that say nothing of each other: each that varies is checked when it is made."""
+        assert isinstance(value, list)
+        parts = [self._compile(item, names) for item in value]
+        if not any(parts):
+            return None
+        # Messages that never change are encoded once: a long system prompt costs a row nothing but a copy.
+        constants = [msgspec.Raw(_encode(item)) for item in value]
+        live = [None if render is None else _live(item) for render, item in zip(parts, value, strict=True)]
+        triples = list(enumerate(zip(parts, constants, live, strict=True)))
+
+        def rendered(fields: _Fields) -> object:
+            made: list[object] = []
+            for index, (render, constant, keys) in triples:
+                if render is None:
+                    made.append(constant)
+                    continue
+                message = cast(dict[str, object], render(fields))
+                # A text is right wherever content stands, and most are texts.
+                if (keys != _CONTENT or message["content"].__class__ is not str) and (
+                    wrong := misfit_message(index, _decode(_encode(message)))
+                ):
+                    raise _MisfitError(wrong)
+                made.append(message)
+            return made
+
+        return rendered
+
     def _template(self, text: str, names: set[str]) -> _Render:
         environment = self._environment
+        self.reads_files |= "data_uri" in text
         tree = environment.parse(text)
         if other := next(tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)), None):
             raise jinja2.TemplateSyntaxError("there are no other templates to take in", other.lineno)
@@ -224,6 +280,93 @@ class Composer:
             return _native(context.vars["result"])
 
         return rendered if sole is None else native
+
+
+_CONTENT = {"content"}
+
+
+def _stand_alone(value: object) -> bool:
+    """Whether messages can be checked one by one: a list in which the roles are fixed, and no tools are called."""
+    return isinstance(value, list) and all(
+        isinstance(message, dict)
+        and not is_template(message.get("role"))
+        and message.get("role") != "tool"
+        and "tool_calls" not in message
+        for message in value
+    )
+
+
+def _live(message: Mapping[str, object]) -> set[str]:
+    """What of a message varies."""
+    return {key for key, value in message.items() if has_template(value)}
+
+
+class _MisfitError(Exception):
+    """What a row's templates gave is no message."""
+
+
+class _Said(NamedTuple):
+    """What the model reads, for the estimate: text in bytes of JSON, tokens that can be counted, images, prompts."""
+
+    text: int
+    tokens: int
+    images: int
+    prompts: int
+
+    def and_(self, other: "_Said") -> "_Said":
+        """Both together."""
+        return _Said(
+            self.text + other.text,
+            self.tokens + other.tokens,
+            self.images + other.images,
+            self.prompts * other.prompts,
+        )
+
+
+_NOTHING = _Said(0, 0, 0, 1)
+_SPOKEN = frozenset({"messages", "prompt", "tools", "response_format"})
+"""The parameters that the model reads."""
+_IMAGE = b'"data:image/'
+
+
+def _measured(name: str, value: Any, encoded: bytes) -> _Said:
+    """What one of these parameters, valid or not, adds to the estimate."""
+    if name == "prompt" and isinstance(value, list | tuple) and value:
+        if isinstance(value[0], str):
+            return _Said(len(encoded), 0, 0, len(value))
+        if isinstance(value[0], list | tuple):
+            return _Said(0, sum(map(len, value)), 0, len(value))
+        return _Said(0, len(value), 0, 1)
+    text, images, start = len(encoded), 0, encoded.find(_IMAGE) if name == "messages" else -1
+    while start >= 0:
+        stop = encoded.find(b'"', start + len(_IMAGE))
+        images += 1
+        text -= stop - start
+        start = encoded.find(_IMAGE, stop)
+    return _Said(text, 0, images, 1)
+
+
+def _request(
+    row: Row, unit: int, endpoint: str, given: Mapping[str, Any], body: bytes, said: _Said
+) -> Request | Failure:
+    """The request that has this body; what the run has to know of it is read from its parameters."""
+    if said.images and len(body) > MOST_BYTES:
+        return Failure(Kind.UNSENDABLE, f"a request with images may have 10 MiB, and this one has {len(body):,} bytes")
+    cap = given.get("max_completion_tokens") or given.get("max_tokens") or 0
+    choices = max(given.get("n") or 1, (given.get("best_of") or 1) if endpoint == "completions" else 1)
+    return Request(
+        unit=unit,
+        row=row.position,
+        model=given["model"],
+        body=body,
+        prompt_tokens=max(1, said.text // BYTES_PER_TOKEN + said.tokens + said.images * IMAGE_TOKENS),
+        output_tokens=cap * choices * said.prompts,
+        hash=hashlib.blake2b(body, digest_size=16).digest(),
+        cache_key=given.get("prompt_cache_key"),
+        endpoint=endpoint,
+        tier=given.get("service_tier"),
+        stream=given.get("stream") is True,
+    )
 
 
 def _sole_expression(tree: nodes.Template) -> nodes.Expr | None:

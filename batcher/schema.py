@@ -19,23 +19,44 @@ MEANINGS: Mapping[str, str] = {
     "input.sample": "So many rows, drawn at random: the same ones every time.",
     "input.where": "Only rows for which this SQL condition holds.",
     "request": "What every row asks: the API's own parameters. Any text may be a template over the row's columns.",
+    "request.best_of": "Answers to write, of which the best `n` are returned; all are paid.",
     "request.body": "A template that gives a whole request, in place of everything else.",
+    "request.clear_thinking": "Leave the thinking of earlier turns out of the prompt.",
+    "request.disable_reasoning": "The older way to say that the model shall not think.",
+    "request.echo": "Return the prompt before the answer.",
     "request.endpoint": "Chat messages, or a bare text to go on with.",
+    "request.extra": "What other servers know: goes into the body as it is.",
     "request.frequency_penalty": "Against saying the same words again.",
+    "request.grammar_root": "The rule of the grammar that the answer has to follow.",
+    "request.logit_bias": "Token ids that are to come more or less often, from -100 to 100.",
+    "request.logprobs": "How likely each token was.",
     "request.max_completion_tokens": "The most tokens that an answer may have, reasoning included.",
     "request.max_tokens": "The older name of max_completion_tokens.",
     "request.messages": "The whole conversation, in place of system and prompt.",
+    "request.min_completion_tokens": "The fewest tokens of an answer; -1 for as many as the model can.",
+    "request.min_tokens": "The older name of min_completion_tokens.",
     "request.model": "The model that is asked.",
+    "request.model_parameters": "What one model knows by itself.",
     "request.n": "Answers per row.",
+    "request.parallel_tool_calls": "Whether several tools may be called at once.",
+    "request.prediction": "A text that the answer is likely to repeat.",
     "request.presence_penalty": "Against staying with the same topics.",
     "request.prompt": "What the user says: {{ column }} is filled in for every row.",
     "request.prompt_cache_key": "Requests with equal keys share the service's cache.",
     "request.reasoning_effort": "How long the model thinks.",
+    "request.reasoning_format": "Where the reasoning goes: a field of its own, into the text, or nowhere.",
     "request.response_format": 'The form of the answers: { schema = "file.json" }, or the API\'s own object.',
+    "request.return_raw_tokens": "Token ids in place of text.",
     "request.seed": "For answers that can be repeated, as far as the service can.",
     "request.stop": "Texts that end an answer.",
+    "request.stream": "Receive the answers while they are written; the results are the same.",
+    "request.stream_options": "Of a stream: { include_usage = true }.",
+    "request.suffix": "The text after the answer, for servers that fill in.",
     "request.system": "What the model is told before.",
     "request.temperature": "How much chance there is in the answers; 0 for none.",
+    "request.tool_choice": "Whether a tool is called: none, auto, required, or the one to call.",
+    "request.tools": "The functions that the model may call.",
+    "request.top_logprobs": "So many likely tokens at each place.",
     "request.top_p": "The share of likely words to choose from.",
     "request.user": "Your own name for the end user.",
     "service": "Who is asked, and how.",
@@ -50,7 +71,9 @@ MEANINGS: Mapping[str, str] = {
     "service.timeout": "For a whole request.",
     "schedule": "How much may be under way.",
     "schedule.max_in_flight": "The most requests at once; auto finds it.",
+    "schedule.queue_threshold": "Refuse a request rather than let it wait longer: 50 ms to 20 s, for flex and auto.",
     "schedule.requests_per_minute": "A ceiling of ours; the service's limits are kept anyway.",
+    "schedule.service_tier": "The service tier of all requests.",
     "schedule.tokens_per_minute": "The same for prompt and answer tokens together.",
     "schedule.uncached_tokens_per_minute": "The same without tokens from the service's cache.",
     "retry": "How often a row is asked again.",
@@ -71,6 +94,7 @@ _BY_HAND: Mapping[str, _Schema] = {
     "service.headers_env": _VARIABLE,
     "service.base_url": {"pattern": f"^({SIMULATOR}$|https?://[^@?#]+$)"},
     "service.timeout": {"$ref": "#/$defs/duration", "default": "10m"},
+    "schedule.queue_threshold": {"$ref": "#/$defs/duration"},
 }
 """What job.py checks with its own code."""
 
@@ -153,16 +177,41 @@ def _request(endpoints: Mapping[str, Mapping[str, Any]]) -> _Schema:
     """The section's keys, those of all endpoints."""
     properties: _Schema = {"endpoint": {"enum": [*endpoints], "default": "chat"}}
     for known in endpoints.values():
-        types = {key: kind for key, kind in known.items() if key not in properties}
+        types = {key: kind for key, kind in known.items() if key not in properties and key not in _NESTED}
         (*written,), _ = msgspec.json.schema_components(types.values())
         properties |= {key: _templated(each) for key, each in zip(types, written, strict=True)}
     others = [{"$ref": "#/$defs/template"}, {"$ref": "#/$defs/file"}]
-    messages = {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["role"]}}
+    properties |= {key: {"anyOf": [*written, *others]} for key, written in _NESTED.items()}
+    # Chat has true or false, completions have a number too.
+    properties["logprobs"] = _templated(
+        {"anyOf": [{"type": "boolean"}, {"type": "integer", "minimum": 0, "maximum": 20}]}
+    )
     properties["body"] = {"anyOf": others}
-    properties["messages"] = {"anyOf": [messages, *others]}
-    own = {"type": "object", "not": {"anyOf": [{"required": ["schema"]}, {"required": ["file"]}]}}
+    own = {
+        "type": "object",
+        "required": ["type"],
+        "not": {"anyOf": [{"required": ["schema"]}, {"required": ["file"]}]},
+    }
     properties["response_format"] = {"anyOf": [{"$ref": "#/$defs/schema"}, own, *others]}
+    taken = {*properties, "system", "service_tier", "queue_threshold"}
+    properties["extra"] = {"type": "object", "propertyNames": {"not": {"enum": sorted(taken)}}}
     return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _typed(*required: str) -> _Schema:
+    return {"type": "object", "required": [*required], "not": {"required": ["file"]}}
+
+
+_NESTED: Mapping[str, list[_Schema]] = {
+    "messages": [{"type": "array", "minItems": 1, "items": _typed("role")}],
+    "prediction": [_typed("type", "content")],
+    "prompt": [{"type": ["string", "array"], "minItems": 1}],
+    "response_format": [],
+    "stream_options": [_typed()],
+    "tool_choice": [{"enum": ["none", "auto", "required"]}, _typed("type", "function")],
+    "tools": [{"type": "array", "items": _typed("type", "function")}],
+}
+"""Parameters whose inside may be templates too; what is right there is checked when the job is read."""
 
 
 def _together(endpoints: Mapping[str, Mapping[str, Any]]) -> _Schema:
@@ -178,7 +227,10 @@ def _together(endpoints: Mapping[str, Mapping[str, Any]]) -> _Schema:
                 {"required": ["prompt"]},
                 {"required": ["messages"], "properties": {"system": False}},
             ],
-            "properties": dict.fromkeys(sorted(completions - chat), False),
+            "properties": {
+                **dict.fromkeys(sorted(completions - chat), False),
+                "prompt": {"not": {"type": "array"}},
+            },
         },
     }
     return {

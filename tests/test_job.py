@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from batcher.errors import JobError
-from batcher.job import Job, differences, duration, load, misfit
+from batcher.job import Job, differences, duration, load
+from batcher.parameters import misfit
 from batcher.records import Rates
 
 Sections = dict[str, dict[str, object]]
@@ -60,6 +61,8 @@ WHOLE: Sections = {
         "requests_per_minute": 1000,
         "tokens_per_minute": 1e6,
         "uncached_tokens_per_minute": 0.5,
+        "service_tier": "flex",
+        "queue_threshold": "2s",
     },
     "retry": {"max_attempts": 3, "max_invalid": 0},
     "output": {"path": "out", "ledger": "state/ledger.sqlite", "keep": "all", "rows_per_part": 100, "raw": True},
@@ -146,6 +149,10 @@ UNKNOWN = [
     ("input.model", "x", ["unknown key input.model", "belongs in [request]"]),
     ("request.temprature", 1, ["unknown key request.temprature", "did you mean temperature?"]),
     ("request.max_in_flight", 1, ["unknown key request.max_in_flight", "belongs in [schedule]"]),
+    ("request.service_tier", "flex", ["unknown key request.service_tier", "belongs in [schedule]"]),
+    ("request.queue_threshold", "2s", ["unknown key request.queue_threshold", "belongs in [schedule]"]),
+    ("request.extra.model", "m", ["request.extra.model: belongs in [request] itself"]),
+    ("request.extra.service_tier", "flex", ["request.extra.service_tier: belongs in [schedule]"]),
     ("service.base_ur", "x", ["unknown key service.base_ur", "did you mean base_url?"]),
     ("service.api_key", "csk-secret", ["unknown key service.api_key", "did you mean api_key_env?"]),
     ("schedule.max_inflight", 1, ["unknown key schedule.max_inflight", "did you mean max_in_flight?"]),
@@ -230,6 +237,11 @@ WRONG = [
     ("schedule.requests_per_minute", 0, ["schedule.requests_per_minute: a number above 0"]),
     ("schedule.tokens_per_minute", float("inf"), ["schedule.tokens_per_minute: a number above 0"]),
     ("schedule.tokens_per_minute", float("nan"), ["schedule.tokens_per_minute: a number above 0"]),
+    ("schedule.service_tier", "slow", ["schedule.service_tier: priority or default or auto or flex, not 'slow'"]),
+    ("schedule.queue_threshold", "2s", ['schedule.queue_threshold: only with service_tier = "flex" or "auto"']),
+    ("schedule.queue_threshold", "20ms", ["schedule.queue_threshold: from 50 ms to 20 s, not '20ms'"]),
+    ("schedule.queue_threshold", "21s", ["schedule.queue_threshold: from 50 ms to 20 s"]),
+    ("schedule.queue_threshold", "long", ["schedule.queue_threshold: a duration such as"]),
     ("schedule.uncached_tokens_per_minute", "1M", ["schedule.uncached_tokens_per_minute: a number above 0"]),
     ("retry.max_attempts", 0, ["retry.max_attempts: a whole number from 1 to 100, not 0"]),
     ("retry.max_invalid", -1, ["retry.max_invalid: a whole number from 0 to 100, not -1"]),
@@ -243,17 +255,9 @@ WRONG = [
 LATER = [
     ("sweep", {"model": ["a", "b"]}),
     ("score", {}),
-    ("request.extra", {"top_k": 5}),
-    ("request.tools", []),
-    ("request.logprobs", True),
-    ("request.stream", True),
-    ("request.prediction", {}),
-    ("request.service_tier", "flex"),
-    ("request.queue_threshold", 2000),
     ("request.prompt_cache_key", "auto"),
     ("request.max_completion_tokens", "auto"),
     ("schedule.service_tier", ["flex", "default"]),
-    ("schedule.queue_threshold", "2s"),
     ("schedule.requests_per_minute", "auto"),
     ("schedule.tokens_per_minute", "auto"),
     ("schedule.uncached_tokens_per_minute", "auto"),
@@ -579,6 +583,8 @@ def test_a_job_from_python_is_checked_alike(tmp_path: Path) -> None:
         ("request.system", "Be long."),
         ("request.temperature", 0.6),
         ("request.seed", 8),
+        ("request.stream", True),
+        ("request.extra", {"top_k": 5}),
         ("request.endpoint", "completions"),
         ("request.response_format", {"schema": {"type": "object"}}),
         ("service.base_url", "https://elsewhere.example.com/v1"),
@@ -595,6 +601,7 @@ def test_a_change_of_meaning_is_shown(tmp_path: Path, key: str, value: object) -
     sections = changed(key, value, WHOLE)
     if value == "completions":
         sections["request"] = {"model": "gpt-oss-120b", "prompt": "{{ text }}", "endpoint": "completions"}
+        sections["schedule"] = {}
     after = load(write(tmp_path, sections)).meaning()
     lines = list(differences(before, after))
     assert lines
@@ -613,6 +620,8 @@ def test_a_change_of_meaning_is_shown(tmp_path: Path, key: str, value: object) -
         ("service.timeout", "1h"),
         ("service.prices", {}),
         ("schedule.max_in_flight", 5),
+        ("schedule.service_tier", "auto"),
+        ("schedule.queue_threshold", 0.05),
         ("schedule.requests_per_minute", 5),
         ("retry.max_attempts", 5),
         ("output.ledger", "elsewhere.sqlite"),
@@ -706,9 +715,11 @@ def test_misfit_speaks_of_rows_as_of_jobs() -> None:
     """The check of a rendered parameter is the check of the job file."""
     assert misfit("chat", "temperature", 1) is None
     assert misfit("chat", "temperature", 3) == "temperature: a number from 0 to 2, not 3"
-    assert misfit("chat", "messages", [{"role": "user"}]) is None
+    assert misfit("chat", "messages", [{"role": "user", "content": "hi"}]) is None
     assert misfit("chat", "messages", [{"role": 5}]) == "messages[0]: every message has a role"
-    assert misfit("completions", "prompt", 5) == "prompt: a text, not 5"
+    assert misfit("completions", "prompt", 5) == (
+        "prompt: a text, a list of texts, a list of token ids or a list of such lists, not 5"
+    )
 
 
 # Whatever comes

@@ -11,8 +11,8 @@ import batcher
 ROOT = Path(batcher.__file__).parent
 
 FLOORS = (
-    {"bits", "errors", "killpoint", "payload", "redact"},
-    {"records"},
+    {"bits", "checks", "errors", "images", "killpoint", "payload", "redact"},
+    {"parameters", "records"},
     {"store"},
     {"job"},
     {"dialects", "ledger", "parse", "prompt", "report", "retry", "schedule", "schema", "sink", "source", "where"},

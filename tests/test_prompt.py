@@ -42,6 +42,13 @@ def content(fields: Fields, template: str) -> object:
     return messages[0]["content"]
 
 
+def rendered(fields: Fields, template: str) -> object:
+    """What a template makes of a row where any value may stand."""
+    parameters = body(fields, prompt="hi", model_parameters={"x": template})["model_parameters"]
+    assert isinstance(parameters, dict)
+    return parameters["x"]
+
+
 def failure(fields: Fields, **request: object) -> Failure:
     """The failure of a row that has no request."""
     made = composer(**request).compose(Row(7, fields))
@@ -163,7 +170,7 @@ def test_a_template_that_is_none_is_found_at_once(template: str, said: str) -> N
 )
 def test_a_sole_expression_keeps_its_type(template: str, value: object) -> None:
     """A string that is exactly one expression is the expression's value; nulls inside of it stay JSON's."""
-    assert content({"a": value}, template) == value
+    assert rendered({"a": value}, template) == value
 
 
 @pytest.mark.parametrize(
@@ -378,7 +385,7 @@ def test_what_a_method_does_not_find_is_a_null_too(template: str) -> None:
 )
 def test_a_null_can_be_asked_for(template: str, text: object) -> None:
     """Tests, conditions and defaults see a null; a structure with nulls can be written as JSON."""
-    assert content(NULLS, template) == text
+    assert rendered(NULLS, template) == text
 
 
 def test_the_word_of_a_row_is_left_alone() -> None:
@@ -596,7 +603,9 @@ ANY = [
     composer(prompt="{{ a | upper }} {{ b | length }} {% for x in c %}{{ x }}{% endfor %}"),
     composer(prompt="{{ a.b }}{{ b['x'] }}{{ c | tojson }}{{ a | join }}"),
     composer(messages="{{ a }}", temperature="{{ b }}", max_completion_tokens="{{ c }}"),
-    composer(model="{{ a }}", messages=[{"role": "user", "content": [{"x": "{{ b }}"}]}], stop=["{{ c }}"]),
+    composer(
+        model="{{ a }}", messages=[{"role": "user", "content": [{"type": "text", "text": "{{ b }}"}]}], stop=["{{ c }}"]
+    ),
     composer(endpoint="completions", prompt="{{ a }}", n="{{ b }}", prompt_cache_key="{{ c }}"),
     composer(prompt="{{ a | default('') }}{{ b or c }}", response_format="{{ a }}", user="{{ b ~ c }}"),
 ]
@@ -691,7 +700,12 @@ def test_a_text_around_columns_may_be_the_request() -> None:
         ([1], "request.body: a request is a JSON object"),
         ({"model": "m"}, "request.body: messages is missing"),
         (CHAT | {"model": None}, "request.body: model is missing"),
-        (CHAT | {"stream": True}, "request.body: stream: answers are read whole here; take it out"),
+        (CHAT | {"stream": "yes"}, "request.body: stream: true or false, not 'yes'"),
+        (CHAT | {"tool_choice": "auto"}, "request.body: tool_choice: only with tools"),
+        (
+            CHAT | {"service_tier": "slow"},
+            "request.body: service_tier: priority or default or auto or flex, not 'slow'",
+        ),
         (CHAT | {"temperature": 9}, "request.body: temperature: a number from 0 to 2, not 9"),
         (CHAT | {"messages": [{}]}, "request.body: messages[0]: every message has a role"),
         (CHAT | {"max_tokens": "many"}, "request.body: max_tokens: a whole number from 1"),
@@ -703,7 +717,7 @@ def test_a_body_that_is_no_request_fails_its_row(body: object, said: str) -> Non
     assert isinstance(made, Failure), made
     assert made.kind is Kind.UNSENDABLE
     assert made.message.startswith(said)
-    assert isinstance(forwarded({"body": CHAT | {"temperature": None, "stream": False, "logprobs": 3}}), Request)
+    assert isinstance(forwarded({"body": CHAT | {"temperature": None, "stream": False, "own": 3}}), Request)
 
 
 @pytest.mark.parametrize(

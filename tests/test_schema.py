@@ -25,8 +25,11 @@ BEYOND = [
     ("output.path", "s3://bucket/out"),
     ("output.ledger", "gs://bucket/ledger"),
     ("request.prompt_cache_key", "auto"),
+    ("schedule.queue_threshold", "2s"),
+    ("schedule.queue_threshold", "20ms"),
+    ("schedule.queue_threshold", "21s"),
 ]
-"""What a schema does not say: which texts are paths, and which words are taken for later."""
+"""What a schema does not say: which texts are paths, which words are taken for later, and how long a duration is."""
 
 
 def documents() -> Iterator[tuple[str, dict[str, object]]]:
@@ -101,6 +104,18 @@ def test_what_the_job_file_refuses_does_not_fit(key: str, value: object) -> None
         ({"model": "m", "endpoint": "completions", "prompt": "p", "max_completion_tokens": 1}, False),
         ({"model": "m", "prompt": "p", "response_format": {"schema": "s.json", "strict": True}}, False),
         ({"model": "m", "prompt": "p", "temperature": "hot"}, False),
+        ({"model": "m", "prompt": ["p"]}, False),
+        ({"model": "m", "prompt": ["p", "q"], "endpoint": "completions", "logprobs": 3}, True),
+        ({"model": "m", "prompt": [[1, 2]], "endpoint": "completions", "echo": True}, True),
+        ({"model": "m", "prompt": "p", "echo": True}, False),
+        ({"model": "m", "prompt": "p", "tools": [{"type": "function", "function": {"name": "f"}}]}, True),
+        ({"model": "m", "prompt": "p", "tools": "{{ tools }}", "tool_choice": "required"}, True),
+        ({"model": "m", "prompt": "p", "tools": [{"function": {"name": "f"}}]}, False),
+        ({"model": "m", "prompt": "p", "tool_choice": "maybe"}, False),
+        ({"model": "m", "prompt": "p", "logit_bias": {"5": -100}}, True),
+        ({"model": "m", "prompt": "p", "logit_bias": {"5": 101}}, False),
+        ({"model": "m", "prompt": "p", "extra": {"top_k": 5}}, True),
+        ({"model": "m", "prompt": "p", "extra": {"n": 5}}, False),
     ],
 )
 def test_what_goes_together(request_: Sections, fits: bool) -> None:

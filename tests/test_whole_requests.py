@@ -40,7 +40,7 @@ def test_a_column_of_requests_is_asked(tmp_path: Path) -> None:
     lines: list[object] = [
         {"key": "a", "body": chat("one", max_tokens=7)},
         {"key": "b", "body": json.dumps(chat("two", n=2))},
-        {"key": "c", "body": chat("three", stream=True)},
+        {"key": "c", "body": chat("three", temperature=9)},
         {"key": "d", "body": None},
     ]
     with stories.service() as service:
@@ -48,7 +48,7 @@ def test_a_column_of_requests_is_asked(tmp_path: Path) -> None:
         shown = render(plan(load(path)))
         assert f"POST {service.url}/chat/completions" in shown
         assert json.dumps(chat("one", max_tokens=7), separators=(",", ":")) in shown
-        assert "2 of all rows cannot become requests, the first is row 2: request.body: stream" in shown
+        assert "2 of all rows cannot become requests, the first is row 2: request.body: temperature" in shown
         result = batcher.run(load(path))
     assert sorted(entry.prompt for entry in service.book) == ["one", "two"]
     assert result.table().select(["id", "row"]).to_pylist() == [{"id": "a", "row": 0}, {"id": "b", "row": 1}]
