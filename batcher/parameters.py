@@ -134,11 +134,20 @@ class _SchemaFormat(Struct, tag="json_schema", tag_field="type"):
     json_schema: _JsonSchema
 
 
-# fmt: off
 _Root = Literal[
-    "root", "fcall", "nofcall", "insidevalue", "value", "object", "array", "string", "number", "funcarray", "func", "ws",
+    "root",
+    "fcall",
+    "nofcall",
+    "insidevalue",
+    "value",
+    "object",
+    "array",
+    "string",
+    "number",
+    "funcarray",
+    "func",
+    "ws",
 ]
-# fmt: on
 
 _BOTH: dict[str, Any] = {
     "model": Text,
