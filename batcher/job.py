@@ -44,7 +44,7 @@ class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     base_url: Text = "https://api.cerebras.ai/v1"
     api_key_env: Text | None = None
-    dialect: Literal["cerebras", "openai"] | None = None
+    dialect: Literal["cerebras", "openai", "groq"] | None = None
     headers_env: Text | None = None
     encoding: Literal["json", "msgpack"] = "json"
     compression: Literal["none", "gzip"] = "none"

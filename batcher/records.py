@@ -1,8 +1,8 @@
 """The values that pass between rooms."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum, StrEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -119,7 +119,7 @@ class Timing(NamedTuple):
 class Limit(NamedTuple):
     """What the service's headers say of one bucket. `window` and `reset` are seconds."""
 
-    resource: str  # requests, tokens
+    resource: str  # requests, tokens, uncached_tokens
     window: float
     limit: float | None
     remaining: float | None
@@ -154,6 +154,8 @@ class Failure(msgspec.Struct, frozen=True, gc=False):
     """What the service counted, where it said so all the same."""
     packing: str | None = None
     """How the body went (msgpack, gzip), where that may be why it was refused: none that went so was answered yet."""
+    should_retry: bool | None = None
+    """Whether the service says to ask again; None where it does not say."""
 
 
 class ToolCall(msgspec.Struct, frozen=True, gc=False):
@@ -165,14 +167,41 @@ class ToolCall(msgspec.Struct, frozen=True, gc=False):
     arguments: str | None
 
 
+_Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
+_Logprob = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+
+
+class Alternative(msgspec.Struct, frozen=True, gc=False):
+    """A token and how likely it was: natural logarithm; `bytes` are those of its text, or of its part of a character.
+
+    This and `Token` are read straight from an answer, of which there may be thousands in a row.
+    """
+
+    token: str | None = None
+    logprob: _Logprob | None = None
+    bytes: tuple[_Byte, ...] | None = None
+
+
+class Token(Alternative, frozen=True, gc=False):
+    """A token of an answer, and what else could have stood in its place."""
+
+    top_logprobs: list[Alternative] | None = None
+    text_offset: int | None = None
+    """Where it begins in the text, in characters; the completions endpoint says it."""
+
+
 class Choice(msgspec.Struct, frozen=True, gc=False):
-    """One choice of an answer."""
+    """One choice of an answer. `logprobs` are those of the text and then of a refusal; `tokens` are ids."""
 
     index: int
     text: str | None
     reasoning: str | None
     finish_reason: str | None
-    tool_calls: tuple[ToolCall, ...] | None
+    tool_calls: tuple[ToolCall, ...] | None = None
+    refusal: str | None = None
+    logprobs: Sequence[Token] | None = None
+    reasoning_logprobs: Sequence[Token] | None = None
+    tokens: Sequence[int | None] | None = None
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
@@ -198,7 +227,10 @@ class ServiceTimes(NamedTuple):
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
-    """A service's answer in our words. `choices` has at least one member, in order of index."""
+    """A service's answer in our words. `choices` has at least one member; several prompts' follow one another.
+
+    `service_tier` is the tier that was asked for, `service_tier_used` the one that served, each where it is said.
+    """
 
     choices: tuple[Choice, ...]
     usage: Usage

@@ -1,6 +1,7 @@
 """Again, and when? Rules for failed attempts, and the guard that ends a run which would fail every row."""
 
 import random
+import re
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import NamedTuple, cast
@@ -63,6 +64,9 @@ RULES: Mapping[Kind, Rule] = {
     Kind.INTERRUPTED: Rule(_ALWAYS, AT_ONCE, charged=False, cost=0),
 }
 """Kinds that are not named here end their row at once. INVALID_OUTPUT's limit is the job's."""
+_TOLD_TO = Rule(_ALWAYS, BACK_OFF)
+_WHEN_TOLD = {Kind.REJECTED, Kind.REQUEST_TOO_LARGE, Kind.FORBIDDEN, Kind.NOT_SERVED}
+"""Refusals that end their row at once, unless the service says to ask again."""
 
 
 class Again(NamedTuple):
@@ -73,10 +77,15 @@ class Again(NamedTuple):
 
 
 def decide(failure: Failure, tried: Mapping[Kind, int], max_attempts: int, max_invalid: int) -> Again | None:
-    """Whether a failed attempt's row is asked again. `tried` counts its failed attempts, this one among them."""
+    """Whether a failed attempt's row is asked again. `tried` counts its failed attempts, this one among them.
+
+    The service's own word counts, except where the row is not what it refuses: a quota, congestion, the key.
+    """
     kind = failure.kind
     rule = Rule(max_invalid, AT_ONCE) if kind is Kind.INVALID_OUTPUT else RULES.get(kind)
-    if rule is None or tried[kind] > rule.again:
+    if failure.should_retry and kind in _WHEN_TOLD:
+        rule = _TOLD_TO
+    if rule is None or tried[kind] > rule.again or (failure.should_retry is False and rule.charged):
         return None
     free_stale = 1 if Kind.STALE_CONNECTION in tried else 0
     charged = sum(n for k, n in tried.items() if k not in RULES or RULES[k].charged) - free_stale
@@ -90,6 +99,8 @@ def decide(failure: Failure, tried: Mapping[Kind, int], max_attempts: int, max_i
 
 
 _ROWS_OWN = {"context_length_exceeded", "content_filter", "content_policy_violation", "string_above_max_length"}
+_TOO_LONG = re.compile(r"reduce the length|maximum context length", re.IGNORECASE)
+"""How Cerebras, OpenAI and vLLM word a prompt that is too long; only OpenAI is known to send a code with it."""
 _REFUSALS = {Kind.REJECTED, Kind.FORBIDDEN, Kind.NOT_FOUND, Kind.MODEL_NOT_FOUND, Kind.NOT_SERVED}
 _PAGES = {Kind.NOT_JSON, Kind.TLS, Kind.REDIRECT}
 _HOPELESS = {Kind.CERTIFICATE, Kind.PROXY}
@@ -132,7 +143,8 @@ class Guard:
 
     def holds(self, failure: Failure) -> bool:
         """Whether a row that ends with this failure must wait to be called failed."""
-        return failure.kind in _REFUSALS and failure.code not in _ROWS_OWN
+        own = failure.code in _ROWS_OWN or _TOO_LONG.search(failure.message)
+        return failure.kind in _REFUSALS and not own
 
     def failed(self, failure: Failure, row: int, now: float) -> BatcherError | None:
         """An attempt failed: what ends the run, if anything does."""

@@ -10,14 +10,25 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
-import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batcher.errors import StorageError
 from batcher.killpoint import killpoint
-from batcher.records import Answer, Attempt, Failure, FileRecord, Former, Outcome, Totals, Usage
+from batcher.records import (
+    Alternative,
+    Answer,
+    Attempt,
+    Choice,
+    Failure,
+    FileRecord,
+    Former,
+    Outcome,
+    Token,
+    Totals,
+    Usage,
+)
 
 ROW_GROUP_ROWS = 8192
 ROW_GROUP_BYTES = 16 << 20
@@ -29,18 +40,14 @@ _TIME = pa.timestamp("us", tz="UTC")
 _TOOL_CALLS = pa.list_(
     pa.struct([("id", pa.string()), ("type", pa.string()), ("name", pa.string()), ("arguments", pa.string())])
 )
-_CHOICES = pa.list_(
-    pa.struct(
-        [
-            ("index", pa.int32()),
-            ("text", pa.string()),
-            ("reasoning", pa.string()),
-            ("finish_reason", pa.string()),
-            ("tool_calls", _TOOL_CALLS),
-        ]
-    )
+_ALTERNATIVE = [("token", pa.string()), ("logprob", pa.float64()), ("bytes", pa.binary())]
+_LOGPROBS = pa.list_(
+    pa.struct([*_ALTERNATIVE, ("top_logprobs", pa.list_(pa.struct(_ALTERNATIVE))), ("text_offset", pa.int32())])
 )
+FILLABLE = ("refusal", "tool_calls", "choices", "logprobs", "reasoning_logprobs", "tokens")
+"""Columns that not every job can fill, in their order; all but `choices` are of the first choice."""
 _USAGE = Usage.__struct_fields__
+_usage = attrgetter(*_USAGE)
 _TEXT = [("response", pa.string()), ("reasoning", pa.string())]
 _ANSWER: list[tuple[str, pa.DataType]] = [
     ("finish_reason", pa.string()),
@@ -102,7 +109,7 @@ _REPETITIVE = [
 ]
 _LONG = {"response", "reasoning", "raw", "body", "message", "request_hash", "response_id"}
 NAMES = {
-    *("row", "id", "parsed", "tool_calls", "choices", "logprobs", "reasoning_logprobs", "tokens", "altered", "raw"),
+    *("row", "id", "parsed", *FILLABLE, "altered", "raw"),
     *(name for name, _ in (*_TEXT, *_ANSWER, *_FAILURE)),
 }
 """Every column name that is ours, now or in a later version of a job: kept columns give way to them."""
@@ -125,13 +132,16 @@ class Parser(Protocol):
 
 
 class Shape(NamedTuple):
-    """What decides the columns, fixed when a run starts: `kept` has the input's types, `id` names the id's column."""
+    """What decides the columns, fixed when a run starts: `kept` has the input's types, `id` names the id's column.
+
+    `fillable` are the names out of FILLABLE that the job's answers can fill.
+    """
 
     kept: pa.Schema
     id: str | None
     keep: tuple[str, ...]
     parser: Parser | None
-    choices: bool
+    fillable: frozenset[str]
     raw: bool
 
     def input_columns(self) -> list[pa.Field]:
@@ -149,19 +159,19 @@ class Shape(NamedTuple):
 
     def responses(self) -> pa.Schema:
         """The columns of `responses`."""
-        parsed = [pa.field("parsed", self.parser.arrow_type)] if self.parser else []
-        choices = [pa.field("choices", _CHOICES)] if self.choices else []
-        raw = [pa.field("raw", pa.string())] if self.raw else []
-        named = [pa.field(name, kind) for name, kind in (*_ANSWER, *_PAID)]
-        text = [pa.field(name, kind) for name, kind in _TEXT]
-        return pa.schema(
-            [
-                *self.input_columns(),
-                *(text[:1] + parsed + text[1:] + choices + named),
-                pa.field("altered", pa.bool_()),
-                *raw,
-            ]
-        )
+        parsed = [("parsed", self.parser.arrow_type)] if self.parser else []
+        raw = [("raw", pa.string())] if self.raw else []
+        text = [*_TEXT[:1], *parsed, *_TEXT[1:], *self.nested()]
+        named = [*text, *_ANSWER, *_PAID, ("altered", pa.bool_()), *raw]
+        return pa.schema([*self.input_columns(), *(pa.field(name, kind) for name, kind in named)])
+
+    def nested(self) -> list[tuple[str, pa.DataType]]:
+        """The columns that not every job can fill. Each choice has the same ones as members."""
+        members = [
+            (name, kind) for name, (kind, _) in _OF_CHOICE.items() if name not in FILLABLE or name in self.fillable
+        ]
+        kinds = {**dict(members), "choices": pa.list_(pa.struct(members))}
+        return [(name, kinds[name]) for name in FILLABLE if name in self.fillable]
 
     def failures(self) -> pa.Schema:
         """The columns of `failures`."""
@@ -322,7 +332,7 @@ class Sink:
                         row,
                         attempt.attempt,
                         attempt.sent_at,
-                        None,
+                        attempt.tier,
                         attempt.status,
                         attempt.kind,
                         attempt.waited,
@@ -366,10 +376,10 @@ class Sink:
                     answer.model,
                     answer.system_fingerprint,
                     answer.id,
-                    answer.service_tier,
+                    last.tier or answer.service_tier,
                     answer.service_tier_used,
                     last.cache_key,
-                    *[getattr(answer.usage, name) for name in _USAGE],
+                    *_usage(answer.usage),
                     *answer.times,
                     last.latency,
                     last.time_to_first_token,
@@ -411,13 +421,13 @@ class Sink:
             )
             parsed = [column]
             altered.update(changed)
-        choices = [_choices(group.answers, altered)] if self._shape.choices else []
+        nested = [_nested(group.answers, name, kind, altered) for name, kind in self._shape.nested()]
         raw = [_texts(group.bodies, altered)] if self._shape.raw else []
         beside = self._beside(kept, group.answered, group.start)
         changed_input = beside.pop().to_pylist()
         flags = pa.array([index in altered or changed_input[index] for index in range(len(group.answered))], pa.bool_())
         responses = pa.Table.from_arrays(
-            [*beside, response, *parsed, reasoning, *choices, *others, flags, *raw], schema=self._schemas["responses"]
+            [*beside, response, *parsed, reasoning, *nested, *others, flags, *raw], schema=self._schemas["responses"]
         )
         beside = self._beside(kept, group.failed, group.start)[:-1]
         failures = pa.Table.from_arrays(
@@ -609,8 +619,8 @@ def _clean(value: object, kind: pa.DataType) -> object:
     """A value that Arrow can hold in this type: lone surrogates become U+FFFD, what is too large null."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, dict):
-        return {field.name: _clean(value[field.name], field.type) for field in kind}
+    if isinstance(value, tuple) and pa.types.is_struct(kind):
+        return tuple(_clean(member, field.type) for member, field in zip(value, kind, strict=True))
     if isinstance(value, list | tuple):
         return type(value)(_clean(member, kind.value_type) for member in value)
     try:
@@ -620,11 +630,48 @@ def _clean(value: object, kind: pa.DataType) -> object:
     return value
 
 
-def _choices(answers: Iterable[Answer], altered: set[int]) -> pa.Array:
-    values: list[tuple[object, ...]] = [
-        ([msgspec.to_builtins(choice) for choice in answer.choices],) for answer in answers
+def _nested(answers: Iterable[Answer], name: str, kind: pa.DataType, altered: set[int]) -> pa.Array:
+    values: list[tuple[object, ...]]
+    if name == "choices":
+        readers = [_OF_CHOICE[member.name][1] for member in kind.value_type]
+        values = [([tuple(read(choice) for read in readers) for choice in answer.choices],) for answer in answers]
+    else:
+        _, read = _OF_CHOICE[name]
+        values = [(read(answer.choices[0]),) for answer in answers]
+    return _columns(values, [(name, kind)], altered)[0]
+
+
+def _tool_calls(choice: Choice) -> object:
+    return choice.tool_calls and [(call.id, call.type, call.name, call.arguments) for call in choice.tool_calls]
+
+
+def _logprobs(tokens: Sequence[Token] | None) -> object:
+    return tokens and [
+        (
+            *_alternative(token),
+            token.top_logprobs and [_alternative(each) for each in token.top_logprobs],
+            token.text_offset,
+        )
+        for token in tokens
     ]
-    return _columns(values, [("choices", _CHOICES)], altered)[0]
+
+
+def _alternative(token: Alternative) -> tuple[object, ...]:
+    return token.token, token.logprob, None if token.bytes is None else bytes(token.bytes)
+
+
+_OF_CHOICE: Mapping[str, tuple[pa.DataType, Callable[[Choice], object]]] = {
+    "index": (pa.int32(), attrgetter("index")),
+    "text": (pa.string(), attrgetter("text")),
+    "reasoning": (pa.string(), attrgetter("reasoning")),
+    "finish_reason": (pa.string(), attrgetter("finish_reason")),
+    "refusal": (pa.string(), attrgetter("refusal")),
+    "tool_calls": (_TOOL_CALLS, _tool_calls),
+    "logprobs": (_LOGPROBS, lambda choice: _logprobs(choice.logprobs)),
+    "reasoning_logprobs": (_LOGPROBS, lambda choice: _logprobs(choice.reasoning_logprobs)),
+    "tokens": (pa.list_(pa.int32()), attrgetter("tokens")),
+}
+"""What a choice has: type, and value as Arrow takes it."""
 
 
 def _texts(bodies: Iterable[bytes | None], altered: set[int]) -> pa.Array:

@@ -207,7 +207,7 @@ WRONG = [
     ("request.response_format", "json", ["request.response_format: a table, not 'json'"]),
     ("request.messages", [], ["request", "prompt", "or messages"]),
     ("service.base_url", 5, ["service.base_url: a text"]),
-    ("service.dialect", "anthropic", ["service.dialect: cerebras or openai, not 'anthropic'"]),
+    ("service.dialect", "anthropic", ["service.dialect: cerebras or openai or groq, not 'anthropic'"]),
     ("service.encoding", "xml", ["service.encoding: json or msgpack, not 'xml'"]),
     (
         "service.api_key_env",

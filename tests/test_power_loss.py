@@ -513,7 +513,7 @@ async def _record_and_publish(output: Path) -> None:
     ledger = Ledger(output / "ledger.sqlite")
     ledger.set_meta({"meaning": b"m" * 20_000, "kept": b"k" * 20_000})
     kept = pa.schema([("__altered", pa.bool_())])
-    sink = Sink(output, Shape(pa.schema([]), None, (), None, False, False), read, lambda *_: None)
+    sink = Sink(output, Shape(pa.schema([]), None, (), None, frozenset(), False), read, lambda *_: None)
     sink.prepare()
     ledger.start(durable, lambda error: None)
 

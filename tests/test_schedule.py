@@ -577,7 +577,7 @@ def test_a_large_request_is_not_starved() -> None:
     rows[300] = request(300, 10_000, 20_000)
     made = dispatcher(max_in_flight=100, tokens=60_000)
     made.limits(
-        [minute("tokens", 60_000, 60_000)], Ticket(turns(rows[0])[0], 0.0, 0.0, 0.0, 0.0, False, (0.0, 0.0)), 0.0
+        [minute("tokens", 60_000, 60_000)], Ticket(turns(rows[0])[0], 0.0, 0.0, 0.0, 0.0, False, (0.0, 0.0, 0.0)), 0.0
     )
     world = World(made, Steady(), turns(*rows)).run()
     order = [ticket.turn.request.row for _, ticket in world.sent]

@@ -49,8 +49,10 @@ SCHEMA = AnswerSchema(
     {"type": "object", "properties": {"label": {"type": "string"}, "score": {"type": "integer"}}}, "answer"
 )
 INPUT = pa.schema([("key", pa.string()), ("size", pa.int32())])
-PLAIN = Shape(INPUT, "key", ("key", "size"), None, False, False)
-BARE = Shape(pa.schema([]), None, (), None, False, False)
+NONE: frozenset[str] = frozenset()
+SEVERAL = frozenset({"choices", "tool_calls"})
+PLAIN = Shape(INPUT, "key", ("key", "size"), None, NONE, False)
+BARE = Shape(pa.schema([]), None, (), None, NONE, False)
 
 
 def sql(query: str) -> list[tuple[Any, ...]]:
@@ -237,13 +239,13 @@ def test_the_columns_and_types_are_those_that_are_promised(tmp_path: Path) -> No
 
 def test_columns_that_a_job_can_fill_are_there(tmp_path: Path) -> None:
     """A schema adds `parsed`, several choices add `choices`, and the whole answer `raw`, each at its place."""
-    output = Output(tmp_path, Shape(pa.schema([]), None, (), SCHEMA, True, True))
+    output = Output(tmp_path, Shape(pa.schema([]), None, (), SCHEMA, SEVERAL, True))
     output.publish([attempt(0, body=answer('{"label": "a", "score": 3}'))])
     found = types(output.path("responses"))
     assert found["parsed"] == "struct<label: string, score: int64>"
     assert found["choices"] == CHOICES
     assert found["raw"] == "string"
-    assert list(found)[:6] == ["row", "id", "response", "parsed", "reasoning", "choices"]
+    assert list(found)[:7] == ["row", "id", "response", "parsed", "reasoning", "tool_calls", "choices"]
     row = output.row()
     assert (row["parsed"], row["raw"]) == (
         {"label": "a", "score": 3},
@@ -400,7 +402,7 @@ def test_kept_columns_give_way_to_ours(tmp_path: Path) -> None:
     """A kept column with one of our names, of now or later, gets `input_` before it until its name is free."""
     names = ("model", "logprobs", "input_model", "key", "row")
     schema = pa.schema([(name, pa.int64() if name != "key" else pa.string()) for name in names])
-    output = Output(tmp_path, Shape(schema, None, names, None, False, False))
+    output = Output(tmp_path, Shape(schema, None, names, None, NONE, False))
     output.publish([attempt(3), attempt(4, outcome=Outcome.FAILED)], range(10))
     for name in ("responses", "failures"):
         columns = list(types(output.path(name)))
@@ -415,7 +417,7 @@ def test_kept_columns_give_way_to_ours(tmp_path: Path) -> None:
 
 def test_a_text_that_cannot_be_held_costs_that_cell_only(tmp_path: Path) -> None:
     """Lone surrogates are replaced and flagged in any column of an answer; the rows beside it stay exact."""
-    output = Output(tmp_path, Shape(pa.schema([]), None, (), SCHEMA, True, True))
+    output = Output(tmp_path, Shape(pa.schema([]), None, (), SCHEMA, SEVERAL, True))
     lone = {"label": "a\ud800b"}
     call = {"id": "c\udfff", "type": "function", "function": {"name": "n", "arguments": '{"a": "\udc00"}'}}
     strange = answer(
@@ -445,7 +447,7 @@ def test_a_text_that_cannot_be_held_costs_that_cell_only(tmp_path: Path) -> None
 
 def test_bytes_that_are_no_text_are_flagged(tmp_path: Path) -> None:
     """An answer that is not UTF-8 is kept as far as text can keep it, and says so."""
-    output = Output(tmp_path, Shape(pa.schema([]), None, (), None, False, True))
+    output = Output(tmp_path, Shape(pa.schema([]), None, (), None, NONE, True))
     body = answer("caf%").replace(b"%", b"\xe9")
     output.publish([attempt(0, body=body), attempt(1)])
     row, other = output.rows("responses")
@@ -455,7 +457,7 @@ def test_bytes_that_are_no_text_are_flagged(tmp_path: Path) -> None:
 
 def test_a_number_that_is_too_large_costs_that_cell_only(tmp_path: Path) -> None:
     """A number beyond its column is null and flagged; the other cells of its row are as they were told."""
-    output = Output(tmp_path, Shape(pa.schema([]), None, (), None, True, False))
+    output = Output(tmp_path, Shape(pa.schema([]), None, (), None, SEVERAL, False))
     most = 2**63 - 1
     usage = {"prompt_tokens": most, "completion_tokens": 3}
     choices = [{"index": 2**40, "message": {"content": "yes"}, "finish_reason": "stop"}]
@@ -788,7 +790,7 @@ def test_a_part_without_answers_has_the_columns(tmp_path: Path, attempts: list[A
 
 def test_pandas_polars_and_duckdb_read_the_parts(tmp_path: Path) -> None:
     """Each reads the parts by glob, nested columns among them, and sees the same rows."""
-    output = Output(tmp_path, Shape(INPUT, "key", ("size",), SCHEMA, True, True))
+    output = Output(tmp_path, Shape(INPUT, "key", ("size",), SCHEMA, SEVERAL, True))
     for part in range(3):
         rows = range(part * 10, part * 10 + 10)
         attempts = [attempt(row, body=answer(json.dumps({"label": f"l{row}", "score": row}))) for row in rows]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Final, Protocol
 from urllib.parse import urlsplit
 
-from batcher.dialects import cerebras, openai
+from batcher.dialects import cerebras, groq, openai
 from batcher.dialects.prices import PRICES_AS_OF, cost
 from batcher.records import Answer, Failure, Limit, Price, Reply
 
@@ -44,7 +44,7 @@ class Dialect(Protocol):
         """What a reply's headers say of the rate limits. Never raises."""
 
 
-_DIALECTS: Final[Mapping[str, Dialect]] = {openai.name: openai, cerebras.name: cerebras}
+_DIALECTS: Final[Mapping[str, Dialect]] = {dialect.name: dialect for dialect in (openai, cerebras, groq)}
 
 
 def named(name: str) -> Dialect:

@@ -7,11 +7,26 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import Annotated, Final, NamedTuple, TypeVar, cast
+from itertools import zip_longest
+from types import UnionType
+from typing import Annotated, Any, Final, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
 import msgspec
 
-from batcher.records import Answer, Choice, Failure, Kind, Limit, Price, Reply, ServiceTimes, ToolCall, Usage
+from batcher.records import (
+    Alternative,
+    Answer,
+    Choice,
+    Failure,
+    Kind,
+    Limit,
+    Price,
+    Reply,
+    ServiceTimes,
+    Token,
+    ToolCall,
+    Usage,
+)
 
 name = "openai"
 api_key_env = "OPENAI_API_KEY"
@@ -24,6 +39,9 @@ prices: Mapping[str, Price] = {}
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)] | None
+_Number = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)] | None
+_Offset = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | None
+_Id = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None
 
 
 class _Function(msgspec.Struct, gc=False):
@@ -32,6 +50,7 @@ class _Function(msgspec.Struct, gc=False):
 
 
 class _ToolCall(msgspec.Struct, gc=False):
+    index: _Count = None
     id: str | None = None
     type: str | None = None
     function: _Function | None = None
@@ -45,11 +64,25 @@ class _Message(msgspec.Struct, gc=False):
     tool_calls: list[_ToolCall] | None = None
 
 
+class _Logprobs(msgspec.Struct, gc=False):
+    """Of a chat: `content` and `refusal`. Of a completion: the others, each a list as long as `tokens`."""
+
+    content: list[Token] | None = None
+    refusal: list[Token] | None = None
+    tokens: list[str | None] | None = None
+    token_logprobs: list[_Number] | None = None
+    top_logprobs: list[dict[str, _Number] | None] | None = None
+    text_offset: list[_Offset] | None = None
+
+
 class _Choice(msgspec.Struct, gc=False):
     index: _Count = None
     message: _Message | None = None
     text: str | None = None
+    tokens: list[_Id] | None = None
     finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
+    reasoning_logprobs: _Logprobs | None = None
 
 
 class _PromptDetails(msgspec.Struct, gc=False):
@@ -81,6 +114,12 @@ class _Usage(_Times, gc=False):
     completion_tokens_details: _CompletionDetails | None = None
 
 
+class _Groq(msgspec.Struct, gc=False):
+    """Where Groq puts the usage of an answer that it streams."""
+
+    usage: _Usage | None = None
+
+
 class _Wire(msgspec.Struct, gc=False):
     id: str | None = None
     model: str | None = None
@@ -90,18 +129,9 @@ class _Wire(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
     time_info: _Times | None = None
+    x_groq: _Groq | None = None
 
 
-_NESTED: Final[Mapping[str, type[msgspec.Struct]]] = {
-    "choices": _Choice,
-    "message": _Message,
-    "tool_calls": _ToolCall,
-    "function": _Function,
-    "usage": _Usage,
-    "time_info": _Times,
-    "prompt_tokens_details": _PromptDetails,
-    "completion_tokens_details": _CompletionDetails,
-}
 _UNFINISHED: Final = frozenset((None, "error", "abort"))
 """Finish reasons of a generation that broke off."""
 _NO_USAGE: Final = Usage()
@@ -111,12 +141,20 @@ _decode: Final = msgspec.json.Decoder(_Wire).decode
 
 
 def read(reply: Reply) -> Answer | Failure:
+    """As `understood`; of the tiers these services tell only the one that served."""
+    answer = understood(reply)
+    if isinstance(answer, Answer) and answer.service_tier is not None and answer.service_tier_used is None:
+        return msgspec.structs.replace(answer, service_tier=None, service_tier_used=answer.service_tier)
+    return answer
+
+
+def understood(reply: Reply) -> Answer | Failure:
     """The answer in a reply with status 200, or why it is none. Never raises."""
     try:
         answer = _answer(_decode(reply.body))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         answer = None
-    return _read_loosely(reply) if answer is None else answer
+    return _understood_loosely(reply) if answer is None else answer
 
 
 def _answer(wire: _Wire) -> Answer | None:
@@ -130,26 +168,45 @@ def _answer(wire: _Wire) -> Answer | None:
             return None
         message = choice.message
         reasoning: str | None = None
+        refusal: str | None = None
         calls: tuple[ToolCall, ...] | None = None
-        refused = finish_reason == "content_filter"
         if message is None:
             text = choice.text
         else:
             text = message.content
             reasoning = message.reasoning_content if message.reasoning is None else message.reasoning
-            refused = refused or message.refusal is not None
+            refusal = message.refusal
             if message.tool_calls:
-                calls = tuple(map(_tool_call, message.tool_calls))
-        if text is None and reasoning is None and calls is None and not refused:
+                calls = tuple(map(_tool_call, _in_order(message.tool_calls)))
+        if (
+            text is None
+            and reasoning is None
+            and calls is None
+            and refusal is None
+            and choice.tokens is None
+            and finish_reason != "content_filter"
+        ):
             return None
-        index = position if choice.index is None else choice.index
-        choices.append(Choice(index, text, reasoning, finish_reason, calls))
-    if len(choices) > 1:
-        choices.sort(key=lambda choice: choice.index)
+        choices.append(
+            Choice(
+                position if choice.index is None else choice.index,
+                text,
+                reasoning,
+                finish_reason,
+                calls,
+                refusal,
+                None if choice.logprobs is None else _logprobs(choice.logprobs),
+                None if choice.reasoning_logprobs is None else _logprobs(choice.reasoning_logprobs),
+                choice.tokens,
+            )
+        )
+    usage = wire.usage
+    if usage is None and wire.x_groq is not None:
+        usage = wire.x_groq.usage
     return Answer(
-        tuple(choices),
-        _NO_USAGE if wire.usage is None else _usage(wire.usage),
-        _times(wire.time_info or wire.usage),
+        tuple(choices if len(choices) == 1 else _in_order(choices)),
+        _NO_USAGE if usage is None else _usage(usage),
+        _times(wire.time_info or usage),
         wire.id,
         wire.model,
         wire.system_fingerprint,
@@ -158,9 +215,33 @@ def _answer(wire: _Wire) -> Answer | None:
     )
 
 
+_Indexed = TypeVar("_Indexed", _ToolCall, Choice)
+
+
+def _in_order(members: list[_Indexed]) -> list[_Indexed]:
+    """By index where each has its own. Where they repeat, as when each prompt's choices are counted anew, as sent."""
+    indices = [member.index for member in members if member.index is not None]
+    if len(set(indices)) < len(members):
+        return members
+    return sorted(members, key=lambda member: member.index or 0)
+
+
 def _tool_call(call: _ToolCall) -> ToolCall:
     function = call.function or _Function()
     return ToolCall(call.id, call.type, function.name, function.arguments)
+
+
+def _logprobs(wire: _Logprobs) -> list[Token] | None:
+    """The tokens of both forms in one."""
+    if wire.content is not None or wire.refusal is not None:
+        return (wire.content or []) + (wire.refusal or [])
+    if wire.tokens is None and wire.token_logprobs is None:
+        return None
+    columns = zip_longest(wire.tokens or (), wire.token_logprobs or (), wire.top_logprobs or (), wire.text_offset or ())
+    return [
+        Token(token, logprob, None, [Alternative(*each) for each in likeliest.items()] if likeliest else None, offset)
+        for token, logprob, likeliest, offset in columns
+    ]
 
 
 def _usage(usage: _Usage) -> Usage:
@@ -192,8 +273,8 @@ def _times(times: _Times | None) -> ServiceTimes:
     return ServiceTimes(times.queue_time, times.prompt_time, times.completion_time, times.total_time)
 
 
-def _read_loosely(reply: Reply) -> Answer | Failure:
-    """As `read`, for a body that does not fit the wire types, or is no answer at all."""
+def _understood_loosely(reply: Reply) -> Answer | Failure:
+    """As `understood`, for a body that does not fit the wire types, or is no answer at all."""
     try:
         value = _loads(reply.body)
         complaint = _complaint_in(value)
@@ -201,12 +282,13 @@ def _read_loosely(reply: Reply) -> Answer | Failure:
         if _is_html(reply):
             return _failure(Kind.NOT_JSON, f"an HTML page instead of an answer: {_text_of(reply)}", reply)
         return _failure(Kind.MALFORMED_RESPONSE, f"the answer is not valid JSON: {error}", reply, paid=True)
-    wire = _salvaged(value, _Wire)
-    answer = None if wire is None else _answer(wire)
+    answer = _answer(_salvaged(value, _Wire))
     if answer is not None:
         return answer
     if complaint is not None and (status := _status_of(complaint)) is not None:
-        return _refused(reply, status, complaint)
+        refused = _refused(reply, status, complaint)
+        began = complaint.broke_off or refused.kind in _WHILE_ANSWERING
+        return msgspec.structs.replace(refused, paid=True) if began else refused
     message = "the answer has no choice that is complete"
     if complaint is not None and complaint.message:
         message = f"{message}: {complaint.message}"
@@ -230,27 +312,40 @@ def _no_constant(constant: str) -> object:
 _AnyStruct = TypeVar("_AnyStruct", bound=msgspec.Struct)
 
 
-def _salvaged(value: object, struct: type[_AnyStruct]) -> _AnyStruct | None:
+def _salvaged(value: object, struct: type[_AnyStruct]) -> _AnyStruct:
     """What fits the struct; a member of another type counts as not sent."""
-    members = _members(value)
-    if members is None:
-        return None
-    kept: dict[str, object] = {}
+    members = _members(value) or {}
+    kept = {}
     for field in msgspec.structs.fields(struct):
         member = members.get(field.name)
-        nested = _NESTED.get(field.name)
-        if nested is not None:
-            if isinstance(member, list):
-                member = [_salvaged(item, nested) or nested() for item in member]
-            else:
-                member = _salvaged(member, nested)
-        elif field.name == "content" and isinstance(member, list):
+        if field.name == "content" and struct is _Message and isinstance(member, list):
             member = _joined(member)
-        try:
-            kept[field.name] = msgspec.convert(member, field.type)
-        except msgspec.ValidationError:
-            continue
+        fitting = None if member is None else _fitting(member, field.type)
+        if fitting is not None:
+            kept[field.name] = fitting
     return struct(**kept)
+
+
+def _fitting(value: object, kind: Any) -> object:
+    """What of a value fits a type. In a list each member stands for itself, and keeps its place."""
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, UnicodeEncodeError):
+        pass
+    for option in get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,):
+        if _is_struct(option) and isinstance(value, dict):
+            return _salvaged(value, option)
+        if get_origin(option) is list and isinstance(value, list):
+            (member,) = get_args(option)
+            return [_salvaged(each, member) if _is_struct(member) else _fitting(each, member) for each in value]
+        if get_origin(option) is dict and isinstance(value, dict):
+            _, member = get_args(option)
+            return {name: _fitting(each, member) for name, each in value.items()}
+    return None
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
 
 def _members(value: object) -> Mapping[str, object] | None:
@@ -285,6 +380,10 @@ _KINDS: Final[Mapping[int, Kind]] = {
     **dict.fromkeys((502, 503, 504, 520, 521, 522, 523, 530), Kind.UNAVAILABLE),
     **dict.fromkeys((525, 526), Kind.TLS),
 }
+_ASK_TO_WAIT: Final = frozenset((Kind.RATE_LIMITED, Kind.OVERLOADED, Kind.UNAVAILABLE))
+_BOOLEANS: Final = {"true": True, "false": False}
+_WHILE_ANSWERING: Final = frozenset((Kind.SERVER_ERROR, Kind.UNAVAILABLE, Kind.REQUEST_TIMEOUT))
+"""What goes wrong while a service generates; told with status 200, it may have generated a part."""
 _MAY_BE_PAID: Final = frozenset((408, 499, 504, 524))
 """Statuses after which the service may have generated, and billed, an answer that nobody got."""
 
@@ -295,17 +394,26 @@ _MODEL: Final = re.compile(r"model_(not_found|not_available|decommissioned)|(unk
 _MODEL_MESSAGE: Final = re.compile(r"\bmodel\b.{0,200}\b(does not exist|not found)", re.DOTALL)
 _BUSY: Final = re.compile(r"queue_exceeded|capacity|overloaded|resource_unavailable|slow_down")
 _BUSY_MESSAGE: Final = re.compile(r"high traffic|capacity|overloaded|resource unavailable")
-_BUCKET: Final = re.compile(r"(request|token)s?[ _-]?per[ _-]?(second|sec|minute|min|hour|day)")
-_BUCKET_INITIALS: Final = re.compile(r"\b([rt])p([smhd])\b")
-_BUCKET_CODE: Final = re.compile(r"\b(request|token)(?:_quota_exceeded|s)\b")
+_BUCKET: Final = re.compile(
+    r"(?:\b(uncached|total)[ _-])?(request|token)s?[ _-]?per[ _-]?(second|sec|minute|min|hour|day)"
+)
+_BUCKET_INITIALS: Final = re.compile(r"(?:\b(uncached|total)[ _-])?\b([rt])p([smhd])\b")
+_BUCKET_CODE: Final = re.compile(r"\b(?:(uncached|total)_)?(request|token)(?:_quota_exceeded|s)\b")
+_WAIT_IN_WORDS: Final = re.compile(
+    r"\b(?:try again|retry) (?:in|after) "
+    r"(?:([\d.]+(?:ms|[dhms][\d.dhms]*))(?!\w)|(\d{1,6}(?:\.\d{1,6})?) ?(second|minute|hour)s?\b)",
+    re.ASCII,
+)
 _DAILY: Final = re.compile(r"\bdaily\b|\bper[ _-]day\b")
 _EXCEEDS: Final = re.compile(r"\blimit:? (\d{1,15})\b.{0,100}\brequested:? (\d{1,15})\b", re.DOTALL | re.ASCII)
+_UNCACHED: Final = re.compile(r"(?<![a-z])uncached(?![a-z])")
+_TOTAL: Final = re.compile(r"(?<![a-z])total(?![a-z])")
 _TITLE: Final = re.compile(rb"<title[^>]{0,200}>([^<]{1,200})", re.IGNORECASE)
 
 _STATUS_OF_TYPE: Final = (
     (re.compile(r"authentication|api_key"), 401),
     (re.compile(r"permission"), 403),
-    (re.compile(r"not_found"), 404),
+    (re.compile(r"not_?found"), 404),
     (re.compile(r"rate_limit|too_many|quota_exceeded|queue_exceeded|resource_exhausted"), 429),
     (_CREDIT, 402),
     (re.compile(r"overloaded|capacity"), 529),
@@ -328,6 +436,9 @@ class _Complaint(NamedTuple):
     code: str | None = None
     param: str | None = None
     status: int | None = None
+    """The HTTP status that goes with it, where it says so."""
+    broke_off: bool = False
+    """Whether it ended an answer that was being sent."""
 
     @property
     def labels(self) -> str:
@@ -335,22 +446,24 @@ class _Complaint(NamedTuple):
         return f"{self.code or ''} {self.type or ''}".lower()
 
 
-def refusal(reply: Reply) -> Failure:
-    """The meaning of a reply with any status but 200. Never raises."""
+def refusal(reply: Reply, requests_window: float = 60.0) -> Failure:
+    """The meaning of a reply with any status but 200. Never raises. `requests_window` as in `limits`."""
     try:
         complaint = _complaint_in(_loads(reply.body))
     except (ValueError, RecursionError):
         complaint = None
-    return _refused(reply, reply.status, complaint or _Complaint(""))
+    return _refused(reply, reply.status, complaint or _Complaint(""), requests_window)
 
 
-def _refused(reply: Reply, status: int, complaint: _Complaint) -> Failure:
+def _refused(reply: Reply, status: int, complaint: _Complaint, requests_window: float = 60.0) -> Failure:
     headers = _unambiguous(reply.headers)
     kind = _kind(status, complaint, _is_html(reply))
-    buckets = _limits(headers)
+    buckets = _limits(headers, requests_window)
     if kind is Kind.RATE_LIMITED:
         buckets = _emptied(buckets, _named_buckets(complaint))
     wait = _asked_wait(headers)
+    if wait is None and kind in _ASK_TO_WAIT:
+        wait = _wait_in_words(complaint.message.lower())
     if kind is Kind.RATE_LIMITED:
         empty = [bucket for bucket in buckets if bucket.remaining == 0]
         if wait is None:
@@ -374,6 +487,7 @@ def _refused(reply: Reply, status: int, complaint: _Complaint) -> Failure:
         buckets,
         reply.body,
         status in _MAY_BE_PAID,
+        should_retry=_BOOLEANS.get(headers.get("x-should-retry", "").lower()),
     )
 
 
@@ -403,11 +517,25 @@ def _kind(status: int, complaint: _Complaint, html: bool) -> Kind:
 def _named_buckets(complaint: _Complaint) -> tuple[tuple[str, float], ...]:
     """Resource and window of each bucket that a 429 names."""
     message = complaint.message.lower()
-    named = {(_RESOURCES[resource], _WINDOWS[window]) for resource, window in _BUCKET.findall(message)}
-    named |= {(_RESOURCES[resource], _WINDOWS[window]) for resource, window in _BUCKET_INITIALS.findall(message)}
-    if not named:
-        named = {(_RESOURCES[resource], _DEFAULT_WINDOW) for resource in _BUCKET_CODE.findall(complaint.labels)}
+    found = _BUCKET.findall(message) + _BUCKET_INITIALS.findall(message)
+    if not found:
+        found = [(*names, "minute") for names in _BUCKET_CODE.findall(complaint.labels)]
+    # Where the name itself does not tell, the words around it do: "Tokens per minute …: too many uncached tokens".
+    spoken = _UNCACHED.search(f"{message} {complaint.labels}") and not _TOTAL.search(message)
+    named = set()
+    for share, resource, window in found:
+        uncached = resource.startswith("t") and (share == "uncached" or (not share and spoken))
+        named.add(("uncached_tokens" if uncached else _RESOURCES[resource], _WINDOWS[window]))
     return tuple(sorted(named))
+
+
+def _wait_in_words(message: str) -> float | None:
+    """Seconds that a message like "try again in 2m59.56s" asks for."""
+    found = _WAIT_IN_WORDS.search(message)
+    if found is None:
+        return None
+    duration, number, unit = found.groups()
+    return _duration(duration.rstrip(".")) if duration else float(number) * _WINDOWS[unit]
 
 
 def _emptied(limits: tuple[Limit, ...], named: tuple[tuple[str, float], ...]) -> tuple[Limit, ...]:
@@ -445,12 +573,14 @@ def _complaint_in(value: object) -> _Complaint | None:
     status = next(
         (
             number
-            for number in (code, inner.get("status_code"), outer.get("status_code"))
+            for number in (outer.get("status_code"), inner.get("status_code"), code)
             if isinstance(number, int) and 400 <= number <= 599
         ),
         None,
     )
-    return _Complaint(_plain(message, _LONGEST_MESSAGE), *labels, _label(inner.get("param")), status)
+    # What a stream is broken off with has its status beside it: `{"error": …, "status_code": …}`.
+    broke_off = error is not None and "status_code" in outer
+    return _Complaint(_plain(message, _LONGEST_MESSAGE), *labels, _label(inner.get("param")), status, broke_off)
 
 
 def _label(value: object) -> str | None:
@@ -503,8 +633,6 @@ _WINDOWS: Final[Mapping[str, float]] = {
     **dict.fromkeys(("h", "hour"), 3600.0),
     **dict.fromkeys(("d", "day"), 86400.0),
 }
-_DEFAULT_WINDOW: Final = 60.0
-"""The window of a bucket that is named without one: a minute at OpenAI."""
 _LONGEST_RESET: Final = 32 * 86400.0
 
 _WAIT: Final = re.compile(r"\d{1,6}(\.\d{1,6})?", re.ASCII)
@@ -517,9 +645,12 @@ _DURATION_UNITS: Final = (86400.0, 3600.0, 60.0, 1.0, 0.001)
 _HTTP_DATE: Final = re.compile(r"[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d{2}:\d{2}:\d{2} GMT", re.ASCII)
 
 
-def limits(headers: Mapping[str, str]) -> tuple[Limit, ...]:
-    """The buckets that `x-ratelimit-…` headers describe. Never raises."""
-    return _limits(_unambiguous(headers))
+def limits(headers: Mapping[str, str], requests_window: float = 60.0) -> tuple[Limit, ...]:
+    """The buckets that `x-ratelimit-…` headers describe. Never raises.
+
+    A bucket of tokens that is named without a window is a minute's, one of requests has `requests_window` seconds.
+    """
+    return _limits(_unambiguous(headers), requests_window)
 
 
 def _unambiguous(headers: Mapping[str, str]) -> dict[str, str]:
@@ -533,7 +664,7 @@ def _unambiguous(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value.strip() for name, value in seen.items() if name not in twice}
 
 
-def _limits(headers: Mapping[str, str]) -> tuple[Limit, ...]:
+def _limits(headers: Mapping[str, str], requests_window: float) -> tuple[Limit, ...]:
     described: dict[tuple[str, ...], dict[str, float]] = {}
     for name, value in headers.items():
         if not name.startswith("x-ratelimit-"):
@@ -545,11 +676,14 @@ def _limits(headers: Mapping[str, str]) -> tuple[Limit, ...]:
     found: dict[tuple[str, float], Limit] = {}
     for parts, numbers in described.items():
         resource = next((_RESOURCES[part] for part in parts if part in _RESOURCES), None)
-        window = next((_WINDOWS[part] for part in parts if part in _WINDOWS), _DEFAULT_WINDOW)
         if resource is None or not numbers.keys() & {"limit", "remaining", "reset"}:
             continue
+        unnamed = requests_window if resource == "requests" else 60.0
+        window = next((_WINDOWS[part] for part in parts if part in _WINDOWS), unnamed)
+        if resource == "tokens" and "uncached" in parts:
+            resource = "uncached_tokens"
         limit = Limit(resource, window, numbers.get("limit"), numbers.get("remaining"), numbers.get("reset"))
-        # Some services describe several buckets of one kind (cached, uncached): the fuller one does not bind.
+        # Some services describe several buckets of one kind (a project's, a model's): the fuller one does not bind.
         found[resource, window] = min(found.get((resource, window), limit), limit, key=_room)
     return tuple(found.values())
 
@@ -569,12 +703,18 @@ def _reset(text: str, headers: Mapping[str, str]) -> float | None:
     """Seconds until a reset given as seconds, as a duration like 6m0s, or as a moment since 1970."""
     seconds = _number(text)
     if seconds is None:
-        duration = _DURATION.fullmatch(text)
-        if duration is None:
-            return None
-        seconds = sum(float(part) * unit for part, unit in zip(duration.groups("0"), _DURATION_UNITS, strict=True))
-    elif seconds > 1e9:
+        return _duration(text)
+    if seconds > 1e9:
         seconds = max(0.0, seconds - _now(headers))
+    return seconds if seconds <= _LONGEST_RESET else None
+
+
+def _duration(text: str) -> float | None:
+    """Seconds of a duration like 6m0s or 20ms."""
+    duration = _DURATION.fullmatch(text)
+    if duration is None:
+        return None
+    seconds = sum(float(part) * unit for part, unit in zip(duration.groups("0"), _DURATION_UNITS, strict=True))
     return seconds if seconds <= _LONGEST_RESET else None
 
 

@@ -91,10 +91,12 @@ class Attempts:
         value = self._prepared.parser.read(first.text)
         if not isinstance(value, Misfit):
             return answer
-        cut = " (the answer was cut off at its token limit)" if first.finish_reason == "length" else ""
-        return Failure(
-            Kind.INVALID_OUTPUT, value.message + cut, result.timing, result.status, paid=True, usage=answer.usage
-        )
+        message = value.message
+        if first.text is None and first.refusal is not None:
+            message = f"the model refused: {first.refusal[:300].encode('utf-8', 'replace').decode()}"
+        if first.finish_reason == "length":
+            message += " (the answer was cut off at its token limit)"
+        return Failure(Kind.INVALID_OUTPUT, message, result.timing, result.status, paid=True, usage=answer.usage)
 
     def decide_late(self, attempt: Attempt) -> None:
         """Decide what a run that died had recorded and not decided."""

@@ -17,12 +17,14 @@ from batcher.ledger import Ledger, open_read_only
 from batcher.parse import AnswerSchema, format_schema
 from batcher.payload import CONTENT_TYPES
 from batcher.prompt import Composer
-from batcher.sink import Shape
+from batcher.sink import FILLABLE, Shape
 from batcher.source import FileIdentity, Source, changed, open_source, open_table
 from batcher.where import Condition
 
 _SECRET = re.compile(r"auth|key|token|secret|cookie|session|password", re.IGNORECASE)
 """Names of headers whose values are cut out of everything that comes back."""
+_SOLE_EXPRESSION = re.compile(r"\{\{((?!\}\}).)*\}\}", re.DOTALL)
+"""A text that may be one expression and keep its type: a list of prompts."""
 
 
 class Prepared(NamedTuple):
@@ -180,7 +182,7 @@ def agree(ledger: Ledger, prepared: Prepared) -> Shape:
             "texts": msgspec.json.encode(job.texts),
         }
     )
-    return _shape(prepared, kept)
+    return _shape(prepared, kept, job)
 
 
 def agree_again(ledger: Ledger, base: Job, prepared: Prepared) -> Shape:
@@ -193,9 +195,13 @@ def agree_again(ledger: Ledger, base: Job, prepared: Prepared) -> Shape:
     types = [parser and parser.arrow_type for parser in (_parser(base.request), prepared.parser)]
     if types[0] != types[1]:
         raise JobError("--set request.response_format: the columns of the output are fixed; name another output")
-    if _several(base) != _several(prepared.job):
-        raise JobError("--set request.n: the columns of the output are fixed; name another output")
-    return _shape(prepared, kept)
+    if new := sorted(_fillable(prepared.job.request) - _fillable(base.request)):
+        key = "body" if prepared.job.request.body is not None else _FILLED_BY[new[0]]
+        raise JobError(
+            f"--set request.{key}: the columns of the output are fixed, and {new[0]} is none of them; "
+            "name another output"
+        )
+    return _shape(prepared, kept, base)
 
 
 def _same_job(begun: bytes, job: Job) -> None:
@@ -219,13 +225,45 @@ def _same_input(ledger: Ledger, source: Source) -> pa.Schema:
     return kept
 
 
-def _shape(prepared: Prepared, kept: pa.Schema) -> Shape:
-    job = prepared.job
-    return Shape(kept, job.input.id, _kept(job, kept.names), prepared.parser, _several(job), job.output.raw)
+def _shape(prepared: Prepared, kept: pa.Schema, begun: Job) -> Shape:
+    """The columns of an output, by the job that it was begun with."""
+    fillable = _fillable(begun.request)
+    return Shape(kept, begun.input.id, _kept(begun, kept.names), prepared.parser, fillable, begun.output.raw)
 
 
-def _several(job: Job) -> bool:
-    return job.request.body is not None or job.request.parameters.get("n", 1) != 1
+_FILLED_BY: Mapping[str, str] = {
+    "refusal": "response_format",
+    "tool_calls": "tools",
+    "choices": "n",
+    "logprobs": "logprobs",
+    "reasoning_logprobs": "logprobs",
+    "tokens": "return_raw_tokens",
+}
+"""What has to be asked for so that a column of FILLABLE can be filled."""
+
+
+def _fillable(template: RequestTemplate) -> frozenset[str]:
+    """The columns of FILLABLE that answers can fill. What each row's template decides, it may."""
+    if template.body is not None:
+        return frozenset(FILLABLE)
+    asked = template.parameters
+    found = {name for name, key in _FILLED_BY.items() if asked.get(key) not in (None, False, [])}
+    if asked.get("n", 1) == 1 and _one_prompt(asked.get("prompt", "")):
+        found.discard("choices")
+    else:
+        found.add("choices")
+    if template.endpoint != "chat" or asked.get("reasoning_format") in ("text_parsed", "raw", "hidden"):
+        found.discard("reasoning_logprobs")
+    if template.schema is not None:
+        found.add("refusal")
+    return frozenset(found)
+
+
+def _one_prompt(prompt: object) -> bool:
+    """Whether a completion is asked about one text or one list of token ids, whatever the row."""
+    if isinstance(prompt, list):
+        return len(prompt) < 2 or all(isinstance(token, int) for token in prompt)
+    return not (isinstance(prompt, str) and _SOLE_EXPRESSION.fullmatch(prompt.strip()))
 
 
 def _rewritten(files: list[FileIdentity], digests: list[str], source: Source) -> str | None:

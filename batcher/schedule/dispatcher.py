@@ -27,6 +27,7 @@ _ASKED_TO_WAIT = {Kind.RATE_LIMITED, Kind.DAY_QUOTA}
 _NOT_CONSUMED = {*_UNREACHABLE, Kind.RATE_LIMITED, Kind.OVERLOADED, Kind.DAY_QUOTA, Kind.LOCAL_RESOURCES}
 
 
+_RESOURCES = ("requests", "tokens", "uncached_tokens")
 _MOST_IN_FLIGHT = "schedule.max_in_flight"
 
 
@@ -49,8 +50,8 @@ class Ticket(NamedTuple):
     cost: float
     probe: bool
     """Whether it goes to see if an outage is over."""
-    marks: tuple[float, float]
-    """What requests and tokens had been charged in all when it went: headers are read against it."""
+    marks: tuple[float, float, float]
+    """What had been charged in all of each of `_RESOURCES` when it went: headers are read against it."""
 
 
 class Pressure(NamedTuple):
@@ -82,11 +83,11 @@ class Dispatcher:
         self._blocked_by = ""
         self._own = [
             (resource, Bucket.within(f"schedule.{resource}_per_minute", limit, now))
-            for resource in ("requests", "tokens", "uncached_tokens")
+            for resource in _RESOURCES
             if (limit := getattr(pace, resource)) is not None
         ]
         self._theirs: dict[tuple[str, float], Bucket] = {}
-        self._spent = [0.0, 0.0]
+        self._spent = [0.0, 0.0, 0.0]
         self._prompt_ratio = 1.0
         self._output_guess = FIRST_OUTPUT_GUESS
         self._reserved = 0.0
@@ -144,12 +145,13 @@ class Dispatcher:
             bucket.charge(_charge(resource, tokens, uncached), now)
         self._spent[0] += 1
         self._spent[1] += tokens
+        self._spent[2] += uncached
         self.in_flight += 1
         if self.in_flight >= self.window.ceiling:
             self._bind(self._at_ceiling, now)  # every worker is out now, and nobody will ask
         self.breaker.sent(now)
         probe = self.breaker.open_since is not None
-        return Ticket(turn, now, tokens, uncached, cost, probe, (self._spent[0], self._spent[1]))
+        return Ticket(turn, now, tokens, uncached, cost, probe, (self._spent[0], self._spent[1], self._spent[2]))
 
     def answered(self, ticket: Ticket, usage: Usage, queue_time: float | None, now: float) -> None:
         """A request was answered: settle what it used, let the window grow."""
@@ -199,9 +201,8 @@ class Dispatcher:
             if limit.limit is None or limit.remaining is None:
                 continue
             bucket = self._their(limit, now)
-            used = self._spent[0 if limit.resource == "requests" else 1]
-            mark = ticket.marks[0 if limit.resource == "requests" else 1]
-            bucket.correct(limit, ticket.sent, used - mark, now)
+            which = _RESOURCES.index(limit.resource)
+            bucket.correct(limit, ticket.sent, self._spent[which] - ticket.marks[which], now)
 
     def pause(self, until: float, why: str) -> None:
         """Nothing goes before `until`."""
@@ -260,7 +261,7 @@ class Dispatcher:
         if ticket.sent >= self._refused_at:  # what was in flight together is refused together, and counts once
             self._refused_at = now
             self._refusals = min(self._refusals + 1, 10)
-            if not ticket.turn.request.output_tokens and any(limit.resource == "tokens" for limit in named):
+            if not ticket.turn.request.output_tokens and any(limit.resource != "requests" for limit in named):
                 # More is reserved for an answer without a cap than was charged here: refusals teach how much.
                 self._reserved = min(2 * max(self._reserved, self._output_guess), MOST_RESERVED)
         guessed = self._refused_at + min(30.0, 0.5 * 2.0**self._refusals)
@@ -278,7 +279,8 @@ class Dispatcher:
         key = (limit.resource, limit.window)
         if key not in self._theirs:
             per = {1.0: "second", 60.0: "minute", 3600.0: "hour", 86400.0: "day"}.get(limit.window, "window")
-            self._theirs[key] = Bucket(f"{limit.resource} per {per}", None, limit.limit or 0.0, now)
+            name = f"{limit.resource.replace('_', ' ')} per {per}"
+            self._theirs[key] = Bucket(name, None, limit.limit or 0.0, now)
         return self._theirs[key]
 
     def _buckets(self) -> list[tuple[str, Bucket]]:
