@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
@@ -356,6 +356,54 @@ def init(
     )
     beginning.write(seen, answers, target)
     _say(_shown(f"{target} is written\nbatcher plan {shlex.quote(str(target))}"))
+
+
+@app.command()
+def models(
+    job: Annotated[
+        str | None,
+        typer.Argument(metavar="JOB.toml", help="Whose service; Cerebras when absent.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Show this one only.", show_default=False)
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option("--base-url", metavar="URL", help="The service, in place of a job's.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option("--api-key-env", metavar="NAME", help="The variable that holds its key.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All that is known, as JSON.")] = False,
+) -> None:
+    """List the models that the key may use, or show one: context, price and limits where the service tells them."""
+    import anyio
+    import msgspec
+
+    from batcher import models as known
+    from batcher import simulator as simulated
+    from batcher.access import access
+    from batcher.job import SIMULATOR, read_service
+
+    if job is not None and model is None and not job.endswith(".toml"):
+        job, model = None, job
+    if job is not None:
+        if base_url is not None or api_key_env is not None:
+            raise JobError("models: a job file, or --base-url and --api-key-env, not both")
+        asked = _load(Path(job), None, None)
+        service, origin = asked.service, asked.origin
+    else:
+        given = {"base_url": base_url, "api_key_env": api_key_env}
+        origin = "models"
+        service = read_service({key: value for key, value in given.items() if value is not None}, origin)
+    with ExitStack() as stack:
+        url = None
+        if service.base_url == SIMULATOR:
+            url = stack.enter_context(simulated.running(simulated.Settings())).url
+        found = anyio.run(known.look, service, access(service, origin, url), model)
+    if as_json:
+        _say(msgspec.json.format(msgspec.json.encode(found if model is None else found[0]), indent=2).decode())
+    else:
+        _say(known.render(found) if model is None else known.render_one(found[0]))
 
 
 @app.command()

@@ -178,7 +178,7 @@ class Job:
                 self.input = msgspec.structs.replace(self.input, id="custom_id")
         if self.input.sample is not None and self.input.limit is not None:
             raise JobError(f"{origin}: input: sample or limit, not both")
-        self.service: Service = _service(sections["service"], origin)
+        self.service: Service = read_service(sections["service"], origin)
         self.schedule: Schedule = _schedule(sections["schedule"], sections["request"], origin)
         self.retry: Retry = _section(Retry, "retry", sections["retry"], origin)
         self.output: Output = _section(Output, "output", sections["output"], origin)
@@ -365,7 +365,8 @@ def _schedule(given: Mapping[str, object], request: Mapping[str, object], origin
     return schedule
 
 
-def _service(given: Mapping[str, object], origin: str) -> Service:
+def read_service(given: Mapping[str, object], origin: str) -> Service:
+    """The `[service]` section, checked. Raises JobError."""
     values = dict(given)
     if "timeout" in values:
         try:

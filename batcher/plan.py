@@ -81,7 +81,7 @@ def plan(job: Job) -> Plan:
     seconds, binds = _time(job.schedule, left, (prompt or 0.0) + (output or 0.0), capped)
     return Plan(
         name=job.name,
-        url=("(the embedded simulator)/v1" if job.service.base_url == SIMULATOR else prepared.url)
+        url=("(the embedded simulator)/v1" if job.service.base_url == SIMULATOR else prepared.access.url)
         + (PATHS[requests[0].endpoint] if requests else ""),
         headers=_headers(prepared, requests[0].body if requests else b""),
         body=requests[0].body if requests else None,
@@ -143,15 +143,15 @@ def render(plan: Plan) -> str:
 
 def _headers(prepared: Prepared, body: bytes) -> dict[str, str]:
     """The headers of a request, with every secret replaced by the name of its variable."""
-    shown = dict(prepared.headers)
+    shown = dict(prepared.access.headers)
     service = prepared.job.service
     with suppress(ValueError, OverflowError):  # a number that msgpack cannot hold: its row's failure, not the plan's
         if body and pack(body, service.encoding, service.compression)[1]:
             shown["Content-Encoding"] = "gzip"
-    for name in prepared.extra:
+    for name in prepared.access.extra:
         shown[name] = f"(from ${prepared.job.service.headers_env})"
-    if prepared.key_env is not None:
-        shown["Authorization"] = f"Bearer ${prepared.key_env}"
+    if prepared.access.key_env is not None:
+        shown["Authorization"] = f"Bearer ${prepared.access.key_env}"
     return shown
 
 

@@ -150,12 +150,12 @@ class Guard:
         """An attempt failed: what ends the run, if anything does."""
         kind = failure.kind
         if kind in _HOPELESS or (kind in _UNLESS_ANSWERED and not self._answered):
-            return ServiceError(_sentence(failure))
+            return ServiceError(sentence(failure))
         if failure.packing and self.holds(failure):
             # Small bodies go unpacked and may well be answered, so answers say nothing here.
             self._unread += 1
             if failure.status == _UNSUPPORTED or self._unread >= REFUSALS_AT_FIRST:
-                return ServiceError(_sentence(failure))
+                return ServiceError(sentence(failure))
         if kind is Kind.NO_CREDIT:
             return PausedError(
                 f"the account has no credit left: {_line(failure)}\nrun the same command again when it has"
@@ -168,7 +168,7 @@ class Guard:
         if kind in _PAGES:
             self._misled.add(row)
             if len(self._misled) >= PAGES_IN_A_ROW:
-                return PausedError(f"{_sentence(failure)}\nrun the same command again when that has been mended")
+                return PausedError(f"{sentence(failure)}\nrun the same command again when that has been mended")
         elif kind in _REFUSALS:
             self._refusals += self.holds(failure)
             self._last = failure
@@ -181,7 +181,7 @@ class Guard:
         return None if self._answered else self._refused()
 
     def _refused(self) -> ServiceError:
-        said = _sentence(self._last) if self._last else "no reason given"
+        said = sentence(self._last) if self._last else "no reason given"
         return ServiceError(f"{self._refusals} rows in a row were refused, so the run ends with them pending: {said}")
 
     def _key_refused(self, failure: Failure, now: float) -> ServiceError | None:
@@ -189,7 +189,7 @@ class Guard:
             return None  # sent before the pause
         self._refused_key += 1
         if self._refused_key > (len(PROBES) if self._key_worked else UNAUTHORIZED_AT_FIRST - 1):
-            return ServiceError(_sentence(failure))
+            return ServiceError(sentence(failure))
         if self._key_worked:
             self.key_paused_until = now + PROBES[self._refused_key - 1]
         return None
@@ -201,7 +201,8 @@ def _line(failure: Failure) -> str:
     return text if len(text) <= 300 else text[:299] + "…"
 
 
-def _sentence(failure: Failure) -> str:
+def sentence(failure: Failure) -> str:
+    """What to say of a failure that ends everything, with what to check."""
     status = f" ({failure.status})" if failure.status else ""
     hints = {
         Kind.UNAUTHORIZED: "; check the key and its variable",

@@ -35,6 +35,9 @@ class Transport(Protocol):
     async def send(self, request: Request) -> Reply | Failure:
         """Ask once. A reply has status 200 and its body whole."""
 
+    async def get(self, path: str) -> Reply | Failure:
+        """Read what lies at a path below the service's address, such as `/models`."""
+
     async def close(self) -> None:
         """Close every connection."""
 
@@ -121,22 +124,33 @@ class HttpTransport:
 
     async def send(self, request: Request) -> Reply | Failure:
         """Ask once, and read the answer to its end."""
+        return await self._exchange(self._urls[request.endpoint], request.body)
+
+    async def get(self, path: str) -> Reply | Failure:
+        """Read what lies at a path below the service's address."""
+        return await self._exchange(_address(f"{self._url}{path}"), None)
+
+    async def _exchange(self, url: URL, body: bytes | None) -> Reply | Failure:
+        """One request, a POST where it has a body, and its answer read to its end."""
         opened: list[bool] = []
         _opened.set(opened)
-        body, packing = request.body, ""
+        packing = ""
         response: aiohttp.ClientResponse | None = None
         events: _Events | None = None
         sent_at = time.time_ns() // 1000
         started = time.perf_counter()
         try:
-            if not self._plain:
-                body, packing = await self._packed(body)
-            response = await self._session.post(
-                self._urls[request.endpoint],
-                data=body if len(body) <= _LARGE_REQUEST else io.BytesIO(body),
-                headers=_GZIPPED if packing.endswith("gzip") else None,
-                allow_redirects=False,
-            )
+            if body is None:
+                response = await self._session.get(url, allow_redirects=False)
+            else:
+                if not self._plain:
+                    body, packing = await self._packed(body)
+                response = await self._session.post(
+                    url,
+                    data=body if len(body) <= _LARGE_REQUEST else io.BytesIO(body),
+                    headers=_GZIPPED if packing.endswith("gzip") else None,
+                    allow_redirects=False,
+                )
             status = response.status
             if status != 200:
                 answer = await self._start(response)

@@ -355,6 +355,12 @@ class Line:
             await asyncio.get_running_loop().create_future()
         return await self.inner.send(request)
 
+    async def get(self, path: str) -> Reply | Failure:
+        """Read what lies at a path."""
+        if self.cut:
+            await asyncio.get_running_loop().create_future()
+        return await self.inner.get(path)
+
     async def close(self) -> None:
         """Close every connection."""
         await self.inner.close()

@@ -34,6 +34,10 @@ class Dialect(Protocol):
     def prices(self) -> Mapping[str, Price]:
         """List prices by model, as of `PRICES_AS_OF`."""
 
+    @property
+    def catalogue(self) -> str | None:
+        """Where on its host a list of models for everybody lies: a second base address; None where there is none."""
+
     def read(self, reply: Reply) -> Answer | Failure:
         """The meaning of a reply with status 200. Never raises."""
 

@@ -7,10 +7,11 @@ from batcher.dialects.openai import limits, refusal
 from batcher.dialects.openai import understood as read
 from batcher.records import Price
 
-__all__ = ["api_key_env", "headers", "home", "limits", "name", "prices", "read", "refusal"]
+__all__ = ["api_key_env", "catalogue", "headers", "home", "limits", "name", "prices", "read", "refusal"]
 
 name = "cerebras"
 api_key_env = "CEREBRAS_API_KEY"
 home = ("cerebras.ai",)
+catalogue: str | None = "/public/v1"
 headers: Mapping[str, str] = {"X-Cerebras-Version-Patch": "2"}
 prices: Mapping[str, Price] = _prices.CEREBRAS

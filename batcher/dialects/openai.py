@@ -32,6 +32,7 @@ name = "openai"
 api_key_env = "OPENAI_API_KEY"
 home = ("openai.com",)
 headers: Mapping[str, str] = {}
+catalogue: str | None = None
 prices: Mapping[str, Price] = {}
 
 

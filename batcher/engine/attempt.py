@@ -84,7 +84,7 @@ class Attempts:
         """What came: an answer that fits, or why it is none."""
         if isinstance(result, Failure):
             return result
-        answer = self._prepared.dialect.read(result)
+        answer = self._prepared.access.dialect.read(result)
         if isinstance(answer, Failure) or self._prepared.parser is None:
             return answer
         first = answer.choices[0]
@@ -103,7 +103,7 @@ class Attempts:
         if attempt.status == 200:
             judged = self.judge(reply(attempt))
         elif attempt.status is not None:
-            judged = self._prepared.dialect.refusal(reply(attempt))
+            judged = self._prepared.access.dialect.refusal(reply(attempt))
         else:
             judged = _INTERRUPTED
         if isinstance(judged, Answer):
@@ -183,7 +183,7 @@ class Attempts:
         now = self._now()
         if isinstance(result, Reply) and now - self._headers_read >= HEADERS_EVERY:
             self._headers_read = now
-            self._dispatcher.limits(self._prepared.dialect.limits(result.headers), ticket, now)
+            self._dispatcher.limits(self._prepared.access.dialect.limits(result.headers), ticket, now)
 
 
 _INTERRUPTED = Failure(Kind.INTERRUPTED, "the run ended while this was in flight", paid=True)

@@ -8,21 +8,17 @@ from typing import NamedTuple
 import msgspec
 import pyarrow as pa
 
-from batcher import dialects
-from batcher.dialects import Dialect
+from batcher.access import Access, access
 from batcher.dialects.prices import cost
 from batcher.errors import JobError
-from batcher.job import SIMULATOR, Job, RequestTemplate, differences
+from batcher.job import Job, RequestTemplate, differences
 from batcher.ledger import Ledger, open_read_only
 from batcher.parse import AnswerSchema, format_schema
-from batcher.payload import CONTENT_TYPES
 from batcher.prompt import Composer
 from batcher.sink import FILLABLE, Shape
 from batcher.source import FileIdentity, Source, changed, open_source, open_table
 from batcher.where import Condition
 
-_SECRET = re.compile(r"auth|key|token|secret|cookie|session|password", re.IGNORECASE)
-"""Names of headers whose values are cut out of everything that comes back."""
 _SOLE_EXPRESSION = re.compile(r"\{\{((?!\}\}).)*\}\}", re.DOTALL)
 """A text that may be one expression and keep its type: a list of prompts."""
 
@@ -34,22 +30,13 @@ class Prepared(NamedTuple):
     source: Source
     condition: Condition | None
     composer: Composer
-    dialect: Dialect
     parser: AnswerSchema | None
-    url: str
-    """The service's base address."""
-    headers: Mapping[str, str]
-    key_env: str | None
-    """The variable that holds the key; None where none is sent."""
-    extra: tuple[str, ...]
-    """Names of the headers that come from the environment."""
-    secrets: tuple[str, ...]
-    """Values that must never be written or printed."""
+    access: Access
     keep: tuple[str, ...]
 
     def price(self, model: str, prompt: int, cached: int, completion: int, tier: str | None) -> float | None:
         """USD of these tokens in a tier, None where the model's price is not known."""
-        known = self.job.service.prices.get(model) or self.dialect.prices.get(model)
+        known = self.job.service.prices.get(model) or self.access.dialect.prices.get(model)
         return None if known is None else cost(known, prompt, cached, completion, tier)
 
 
@@ -58,25 +45,8 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
 
     `base_url` stands in for the job's, `table` are the rows where the job names no files.
     """
-    service, origin = job.service, job.origin
-    base_url = (base_url or service.base_url).rstrip("/")
-    local = service.base_url == SIMULATOR
-    dialect = dialects.named(service.dialect or ("cerebras" if local else dialects.of_url(base_url)))
-    key_env = service.api_key_env
-    if key_env is None and not local and dialects.at_home(dialect, base_url):
-        key_env = dialect.api_key_env
-    extra = _extra_headers(service.headers_env, origin)
-    headers = {"Content-Type": CONTENT_TYPES[service.encoding], **dialect.headers, **extra}
-    secrets = tuple(
-        word for field, value in extra.items() if _SECRET.search(field) for word in {value, *value.split()[-1:]}
-    )
-    if key_env is not None:
-        key = _key(key_env, origin)
-        headers["Authorization"] = f"Bearer {key}"
-        secrets += (key,)
-    elif local:
-        headers["Authorization"] = "Bearer simulator"
-
+    origin = job.origin
+    way = access(job.service, origin, base_url)
     template = job.request
     parser = _parser(template)
     composer = Composer(template, parser.request_format if template.schema is not None and parser else None, origin)
@@ -92,20 +62,7 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
     condition = None
     if job.input.where is not None:
         condition = Condition(job.input.where, source.schema(source.columns), f"{origin}: input.where")
-    return Prepared(
-        job,
-        source,
-        condition,
-        composer,
-        dialect,
-        parser,
-        base_url,
-        headers,
-        key_env,
-        tuple(extra),
-        secrets,
-        keep,
-    )
+    return Prepared(job, source, condition, composer, parser, way, keep)
 
 
 def _source(job: Job, table: object) -> Source:
@@ -142,25 +99,6 @@ def _kept(job: Job, columns: Sequence[str]) -> tuple[str, ...]:
     if job.output.keep != "all":
         return tuple(job.output.keep)
     return tuple(name for name in columns if name != job.input.id)
-
-
-def _key(name: str, origin: str) -> str:
-    key = os.environ.get(name, "").strip()
-    if not key:
-        raise JobError(f"{origin}: the environment variable {name} holds no API key; set it and run again")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise JobError(f"{origin}: the key in {name} holds characters that no key has")
-    return key
-
-
-def _extra_headers(name: str | None, origin: str) -> dict[str, str]:
-    if name is None:
-        return {}
-    lines = os.environ.get(name, "").splitlines()
-    pairs = [line.partition(":") for line in lines if line.strip()]
-    if not pairs or any(not field.strip() or not colon for field, colon, _ in pairs):
-        raise JobError(f"{origin}: service.headers_env: {name} should hold lines of the form Name: value")
-    return {field.strip(): value.strip() for field, _, value in pairs}
 
 
 def agree(ledger: Ledger, prepared: Prepared) -> Shape:

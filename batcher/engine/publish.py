@@ -151,7 +151,7 @@ class Press:
                     self._room.set()
 
     def _read(self, attempt: Attempt) -> Answer | Failure:
-        return self._prepared.dialect.read(reply(attempt))
+        return self._prepared.access.dialect.read(reply(attempt))
 
     def _make(self, opened: Range, complete: bool) -> PartRecord:
         """Build a part and put it in its place: what is to be noted of it in the ledger. Runs on a thread."""

@@ -16,6 +16,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskStatus
 
+from batcher import models
 from batcher.engine.attempt import BACKLOG_BYTES, Attempts
 from batcher.engine.counts import Counts
 from batcher.engine.feed import Feed
@@ -24,8 +25,8 @@ from batcher.engine.publish import Press
 from batcher.engine.threads import abandonable, aside
 from batcher.engine.timeline import Timeline
 from batcher.engine.turns import Turns
-from batcher.errors import BatcherError, InterruptedRunError, JobError, PausedError, StorageError
-from batcher.job import Job
+from batcher.errors import BatcherError, InterruptedRunError, JobError, PausedError, ServiceError, StorageError
+from batcher.job import Job, is_template
 from batcher.ledger import Ledger, Lock
 from batcher.records import UNIT, Attempt, Outcome, Snapshot, Summary, Totals
 from batcher.retry import Guard
@@ -37,6 +38,8 @@ DRAIN = 30.0
 """Seconds that requests in flight are given to be answered once the run is asked to end."""
 SETTLE = 10.0
 """Seconds that the disk is given to take what has arrived."""
+LOOK = 5.0
+"""Seconds that a run's first request waits for the service to say which models it has."""
 LONGEST_WAIT = 3600.0
 """Seconds: a bucket that takes longer to refill pauses the run instead."""
 PATIENCE = 6 * 3600.0
@@ -92,11 +95,11 @@ async def live(
     """Ask the rows of a feed, with all that is around it. The ledger is closed at the end."""
     service = prepared.job.service
     made = transport or HttpTransport(
-        prepared.url,
-        prepared.headers,
-        prepared.dialect,
+        prepared.access.url,
+        prepared.access.headers,
+        prepared.access.dialect,
         service.timeout,
-        secrets=prepared.secrets,
+        secrets=prepared.access.secrets,
         proxy_from_environment=service.proxy,
         encoding=service.encoding,
         compression=service.compression,
@@ -187,6 +190,8 @@ class _Run:
                 with self._sending:
                     async with anyio.create_task_group() as crew:
                         crew.start_soon(self._offer)
+                        await self._turns.called()
+                        await self._check_models()
                         for _ in range(self._dispatcher.window.ceiling):
                             crew.start_soon(self._attempts.work)
                 await self._settle()
@@ -197,6 +202,16 @@ class _Run:
         finally:
             self._ledger.give_up()
         return self._conclude()
+
+    async def _check_models(self) -> None:
+        """Before the first request: end the run where the service has no such model. Input is read meanwhile."""
+        model = self._prepared.job.request.parameters.get("model")
+        if not self._turns.closed and isinstance(model, str) and not is_template(model):
+            unknown: ServiceError | None = None
+            with anyio.move_on_after(LOOK):
+                unknown = await models.unknown(self._transport, model)
+            if unknown is not None:
+                self._end(unknown)
 
     async def _offer(self) -> None:
         try:
@@ -313,7 +328,7 @@ class _Run:
         if since is not None and now - since > patience:
             why = f": {self._counts.last_failure}" if self._counts.last_failure else ""
             return PausedError(
-                f"{self._prepared.url} has not answered for {patience / 60:.0f} minutes{why}\n"
+                f"{self._prepared.access.url} has not answered for {patience / 60:.0f} minutes{why}\n"
                 "run the same command again when it does"
             )
         if self._turns.until is not None and self._turns.until - now > LONGEST_WAIT and not self._dispatcher.in_flight:

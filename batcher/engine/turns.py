@@ -15,6 +15,7 @@ class Turns:
         self._parked: deque[asyncio.Future[Ticket | None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._wanted = asyncio.Event()
+        self._called = asyncio.Event()
         self.closed = False
         """Whether nothing more is to be sent."""
         self.until: float | None = None
@@ -33,8 +34,14 @@ class Turns:
         self._parked.append(turn)
         return await turn
 
+    async def called(self) -> None:
+        """Return when there is a first request to send, or nothing is to be sent."""
+        await self._called.wait()
+
     def wake(self) -> None:
         """Something happened: let go whom the dispatcher lets go."""
+        if self._dispatcher.waiting and not self._called.is_set():
+            self._called.set()
         while self._parked:
             if self._parked[0].done():
                 self._parked.popleft()
@@ -52,6 +59,7 @@ class Turns:
     def close(self) -> None:
         """Nothing more is sent."""
         self.closed = True
+        self._called.set()
         self._wanted.set()
         while self._parked:
             turn = self._parked.popleft()

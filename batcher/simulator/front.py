@@ -42,7 +42,8 @@ class Front:
 
     def __init__(self, settings: Settings, now: Callable[[], float], epoch: float, record: bool) -> None:
         self.service = Service(settings, epoch)
-        self.book: list[Entry] = []  # in the order of the answers; empty unless recorded
+        self.book: list[Entry] = []  # what was asked, in the order of the answers; empty unless recorded
+        self.looks: list[str] = []  # the paths of requests that ask nothing, such as for the models; the same
         self.in_flight = 0
         self.peak_in_flight = 0
         self._now = now
@@ -85,7 +86,9 @@ class Front:
             return delivered
         finally:
             self.in_flight -= 1
-            if self._record:
+            if self._record and method == "GET":
+                self.looks.append(path)
+            elif self._record:
                 self.book.append(
                     Entry(
                         path=path,

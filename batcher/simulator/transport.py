@@ -27,6 +27,13 @@ class ModelTransport:
 
     async def send(self, request: Request) -> Reply | Failure:
         """Ask once."""
+        return await self._exchange("POST", _PATHS[request.endpoint], request.body)
+
+    async def get(self, path: str) -> Reply | Failure:
+        """Read what lies at a path below the service's address."""
+        return await self._exchange("GET", f"/v1{path}", b"")
+
+    async def _exchange(self, method: str, path: str, body: bytes) -> Reply | Failure:
         now = asyncio.get_running_loop().time
         began = now()
         sent_at = int((self._front.service.epoch + began) * 1e6)
@@ -47,9 +54,7 @@ class ModelTransport:
 
         try:
             async with asyncio.timeout(self._timeout):
-                reply = await self._front.ask(
-                    "POST", _PATHS[request.endpoint], self._authorization, request.body, deliver
-                )
+                reply = await self._front.ask(method, path, self._authorization, body, deliver)
         except TimeoutError:
             message = f"no answer within {self._timeout:g} s"
             return Failure(Kind.TIMEOUT, message, Timing(sent_at, now() - began), paid=True)
