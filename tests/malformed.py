@@ -10,13 +10,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
-from tests.test_job import SMALL, VALUES, WHOLE
+from tests.test_job import SMALL, VALUES, WHOLE, Sections
 
 SECRET = "sk-canary-77d1e0c4"
 """A secret that somebody wrote into a job file: no message may repeat it."""
 
 TICKETS = Path(__file__).parent.parent / "jobs" / "tickets.toml"
-BASES = (TICKETS.read_bytes(), *(msgspec.toml.encode({"name": "it", **sections}) for sections in (SMALL, WHOLE)))
+LISTED: Sections = {
+    "input": {"path": "*.jsonl", "format": "jsonl", "where": "b = 1 AND text <> ''", "sample": 2},
+    "request": {
+        "model": "{{ model }}",
+        "messages": [
+            {"role": "system", "content": {"file": "prompt.txt"}},
+            {"role": "user", "content": [{"type": "text", "text": "{% if a %}{{ a | upper }}{% endif %} {{ text }}"}]},
+        ],
+        "tools": [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}],
+        "response_format": {"schema": "ticket.schema.json"},
+    },
+    "service": {"base_url": "simulator"},
+    "output": {"path": "out", "keep": ["a"]},
+}
+_SECTIONS = (SMALL, WHOLE, LISTED)
+BASES = (TICKETS.read_bytes(), *(msgspec.toml.encode({"name": "it", **sections}) for sections in _SECTIONS))
 
 _TOKENS = [
     *(
@@ -109,17 +124,42 @@ _BYTES = st.one_of(
 )
 
 
+NAMES = ("rows.jsonl", "a.jsonl", "tickets.jsonl", "a.parquet", "b.parquet", "prompt.txt", "ticket.schema.json")
+"""Files that a message may name in the job file's place."""
+
+
 def lay_out(folder: Path) -> None:
     """The files that the job files speak of, sound ones and others."""
     rows = [
-        {"text": "tea", "a": "x", "b": 1, "ticket_id": "T-1", "subject": "s", "body": "b", "label": "l", "key": "k"},
-        {"text": "rain", "a": "y", "b": 2, "ticket_id": "T-2", "subject": "s", "body": "b", "label": "l", "key": "k"},
+        {
+            "text": "tea",
+            "a": "x",
+            "b": 1,
+            "model": "m",
+            "ticket_id": "T-1",
+            "subject": "s",
+            "body": "b",
+            "label": "l",
+            "key": "k",
+        },
+        {
+            "text": "rain",
+            "a": "y",
+            "b": 2,
+            "model": "m",
+            "ticket_id": "T-2",
+            "subject": "s",
+            "body": "b",
+            "label": "l",
+            "key": "k",
+        },
     ]
     for name in ("rows.jsonl", "tickets.jsonl", "a.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("a.parquet", "b.parquet"):
         pq.write_table(pa.Table.from_pylist(rows), folder / name)
     (folder / "ticket.schema.json").write_bytes(TICKETS.with_name("ticket.schema.json").read_bytes())
+    (folder / "prompt.txt").write_text("Be short, {{ a }}.")
     (folder / "folder").mkdir()
     (folder / "binary").write_bytes(bytes(range(256)))
     (folder / "list.json").write_text("[1]")
@@ -165,7 +205,7 @@ def _values(draw: st.DrawFn, base: bytes) -> bytes:
 @st.composite
 def _typed(draw: st.DrawFn, base: bytes) -> bytes:
     """A sound TOML file with a key set to whatever TOML can say."""
-    document = draw(st.sampled_from([{"name": "it", **SMALL}, {"name": "it", **WHOLE}]))
+    document = draw(st.sampled_from([{"name": "it", **sections} for sections in _SECTIONS]))
     made = msgspec.toml.decode(msgspec.toml.encode(document))
     section = draw(st.sampled_from([*made]))
     value = draw(VALUES)

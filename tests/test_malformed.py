@@ -28,6 +28,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
             cli.main(["plan", str(path)])
         out, err = capfd.readouterr()
         assert ended.value.code in (0, 2)
+        assert not err or "job.toml" in err or "input" in err or any(name in err for name in malformed.NAMES)
         assert (ended.value.code == 2) == bool(err)
         lines = err.splitlines()
         assert len(lines) <= 2
@@ -45,9 +46,12 @@ SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthC
 
 
 @given(job=malformed.job_files())
-@settings(max_examples=250, deadline=None, suppress_health_check=SUPPRESSED)
+@settings(max_examples=500, deadline=None, suppress_health_check=SUPPRESSED)
 def test_no_job_file_brings_the_command_line_down(plan: Plan, job: bytes) -> None:
-    """250 malformed job files: no traceback, exit code 2 or none, a line or two, no control bytes, no secret."""
+    """500 malformed job files, half of them distinct: exit code 2 or none, a line or two that name the place.
+
+    No traceback, no control bytes, no secret.
+    """
     plan(job)
 
 
