@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,18 +65,32 @@ class Disk:
         (self.seen / "ballast").unlink()
 
 
-@contextlib.contextmanager
-def tmpfs(path: Path, options: str) -> Iterator[Disk]:
+def tmpfs(path: Path, options: str) -> contextlib.AbstractContextManager[Disk]:
     """A disk in memory at this path, such as `size=40m`."""
-    if not may_mount():
-        pytest.skip("mounting a small disk needs root")
-    path.mkdir()
     script = 'mount -t tmpfs -o "$1" none "$0" && echo mounted && exec cat'
-    with subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", script, str(path), options], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as holder:
+    return _held(path, ["unshare", "-m", "sh", "-c", script, str(path), options])
+
+
+def network(path: Path, folder: Path) -> contextlib.AbstractContextManager[Disk]:
+    """A folder of this machine at this path, on what the kernel takes for a network file system."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("there is no FUSE here")
+    folder.mkdir()
+    return _held(path, [sys.executable, "-m", "tests.network_disk", str(path), str(folder)])
+
+
+@contextlib.contextmanager
+def _held(path: Path, command: list[str]) -> Iterator[Disk]:
+    """A disk that is there for as long as the command that mounts it has its standard input."""
+    if not may_mount():
+        pytest.skip("mounting a disk needs root")
+    path.mkdir()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as holder:
         assert holder.stdout is not None
-        assert holder.stdout.readline() == b"mounted\n"
+        assert holder.stderr is not None
+        if holder.stdout.readline() != "mounted\n":
+            pytest.skip(f"no such disk can be mounted here: {holder.stderr.read().strip()[-300:]}")
         disk = Disk(path, holder.pid)
         try:
             yield disk

@@ -177,6 +177,26 @@ def test_a_read_only_input_is_no_trouble(tmp_path: Path) -> None:
         stories.check_complete(tmp_path / "out", 20, service)
 
 
+def test_a_ledger_on_a_network_file_system_is_refused(tmp_path: Path) -> None:
+    """Before anything is written or sent, with what to do; with the ledger elsewhere the output may lie there."""
+    stories.write_jsonl(tmp_path / "rows.jsonl", 60)
+    with stories.service() as service, disks.network(tmp_path / "disk", tmp_path / "there") as disk:
+        job = stories.write_job(tmp_path, service.url, rows_per_part=20, more={"output": OUT})
+        said = told(disk.program("run", str(job), "--quiet"))
+        assert "lies on a network file system (fuse.sshfs), where the ledger is not safe;\nname a local file" in said
+        assert service.book == []
+        assert list((tmp_path / "there").rglob("*.sqlite*")) == []
+        ledger = f"output.ledger={tmp_path / 'it.sqlite'}"
+        process = disk.begin("run", str(job), "--quiet", "--set", ledger)
+        disks.until(lambda: len(service.book) >= 30, process)
+        process.kill()
+        process.wait()
+        assert disk.program("run", str(job), "--quiet", "--set", ledger).returncode == 0
+        stories.check_complete(disk.seen / "out", 60, service)
+        stories.check_complete(tmp_path / "there" / "out", 60, service)
+        assert disk.program("verify", str(disk.path / "out")).returncode == 0
+
+
 # Two at once
 
 
