@@ -33,31 +33,27 @@ class Served:
             3: lambda node, data: struct.pack("<QII", 0, 0, 0) + self._attr(self._paths[node]),
             4: self._setattr,
             9: self._mkdir,
-            10: lambda node, data: self._done(os.unlink(self._join(node, data))),
-            11: lambda node, data: self._done(os.rmdir(self._join(node, data))),
+            10: lambda node, data: _done(os.unlink, self._join(node, data)),
+            11: lambda node, data: _done(os.rmdir, self._join(node, data)),
             12: lambda node, data: self._rename(node, data, 8),
             14: lambda node, data: self._opened(os.open(self._paths[node], _flags(data) & ~os.O_APPEND)),
             15: self._read,
             16: self._write,
             17: self._statfs,
-            18: lambda node, data: self._done(os.close(_handle(data))),
-            20: lambda node, data: self._done(os.fsync(_handle(data))),
+            18: lambda node, data: _done(os.close, _handle(data)),
+            20: lambda node, data: _done(os.fsync, _handle(data)),
             25: lambda node, data: b"",
             26: lambda node, data: struct.pack("<IIIIHHIIHHI28x", 7, 31, 1 << 20, 0, 12, 10, _LARGEST, 1, 0, 0, 0),
             27: lambda node, data: self._opened(os.open(self._paths[node], os.O_RDONLY)),
             28: self._readdir,
-            29: lambda node, data: self._done(os.close(_handle(data))),
-            30: lambda node, data: self._done(os.fsync(_handle(data))),
+            29: lambda node, data: _done(os.close, _handle(data)),
+            30: lambda node, data: _done(os.fsync, _handle(data)),
             35: self._create,
             45: lambda node, data: self._rename(node, data, 16),
         }
 
     def _join(self, node: int, name: bytes) -> str:
         return os.path.join(self._paths[node], os.fsdecode(name.split(b"\0")[0]))
-
-    @staticmethod
-    def _done(nothing: None) -> bytes:
-        return b""
 
     @staticmethod
     def _attr(path: str) -> bytes:
@@ -141,6 +137,11 @@ def _flags(data: bytes) -> int:
 
 def _handle(data: bytes) -> int:
     return int(struct.unpack_from("<Q", data)[0])
+
+
+def _done(call: Callable[..., object], *arguments: object) -> bytes:
+    call(*arguments)
+    return b""
 
 
 def _call(done: int) -> None:

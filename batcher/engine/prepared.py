@@ -48,7 +48,7 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
     origin = job.origin
     way = access(job.service, origin, base_url)
     template = job.request
-    parser = _parser(template)
+    parser = _parser(template, origin)
     composer = Composer(template, parser.request_format if template.schema is not None and parser else None, origin)
     source = _source(job, table)
     known = ", ".join(source.columns)
@@ -85,13 +85,16 @@ def _source(job: Job, table: object) -> Source:
     return open_source(given.path, job.folder, given.format, job.output.rows_per_part, names)
 
 
-def _parser(template: RequestTemplate) -> AnswerSchema | None:
-    """What reads the answers' texts, where the job asks for more than text."""
-    if template.schema is not None:
-        return AnswerSchema(template.schema, template.schema_name)
-    wanted = template.parameters.get("response_format")
-    inner = format_schema(wanted) if isinstance(wanted, Mapping) else None
-    return AnswerSchema(inner, template.schema_name) if inner is not None else None
+def _parser(template: RequestTemplate, origin: str) -> AnswerSchema | None:
+    """What reads the answers' texts, where the job asks for more than text. Raises JobError."""
+    schema = template.schema
+    if schema is None:
+        wanted = template.parameters.get("response_format")
+        schema = format_schema(wanted) if isinstance(wanted, Mapping) else None
+    try:
+        return None if schema is None else AnswerSchema(schema, template.schema_name)
+    except JobError as error:
+        raise JobError(f"{origin}: request.response_format: {error}") from None
 
 
 def _kept(job: Job, columns: Sequence[str]) -> tuple[str, ...]:
@@ -130,7 +133,7 @@ def agree_again(ledger: Ledger, base: Job, prepared: Prepared) -> Shape:
     kept = _same_input(ledger, prepared.source)
     if len(msgspec.json.decode(begun)) != len(prepared.source.identities):
         raise JobError("the input has new files, so rows are pending: run the job to its end first")
-    types = [parser and parser.arrow_type for parser in (_parser(base.request), prepared.parser)]
+    types = [parser and parser.arrow_type for parser in (_parser(base.request, base.origin), prepared.parser)]
     if types[0] != types[1]:
         raise JobError("--set request.response_format: the columns of the output are fixed; name another output")
     if new := sorted(_fillable(prepared.job.request) - _fillable(base.request)):
