@@ -87,7 +87,7 @@ def _source(job: Job, table: object) -> Source:
 
 def _parser(template: RequestTemplate, origin: str) -> AnswerSchema | None:
     """What reads the answers' texts, where the job asks for more than text. Raises JobError."""
-    schema = template.schema
+    schema: Mapping[str, object] | None = template.schema
     if schema is None:
         wanted = template.parameters.get("response_format")
         schema = format_schema(wanted) if isinstance(wanted, Mapping) else None
