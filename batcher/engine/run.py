@@ -26,8 +26,9 @@ from batcher.engine.threads import abandonable, aside
 from batcher.engine.timeline import Timeline
 from batcher.engine.turns import Turns
 from batcher.errors import BatcherError, InterruptedRunError, JobError, PausedError, ServiceError, StorageError
-from batcher.job import Job, is_template
+from batcher.job import Job
 from batcher.ledger import Ledger, Lock
+from batcher.parameters import is_template
 from batcher.records import UNIT, Attempt, Outcome, Snapshot, Summary, Totals
 from batcher.retry import Guard
 from batcher.schedule import Dispatcher, Pace
