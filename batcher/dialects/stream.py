@@ -89,6 +89,7 @@ class Assembler:
         self._returned = False  # the last byte was CR: LF would belong to it
         self._first = True
         self._data: list[bytes] = []  # of an event that has not ended
+        self._size = 0  # bytes of its lines
         self._name = b""
         self._top: _Members = {}
         self._choices: dict[int, _Choice] = {}
@@ -146,13 +147,14 @@ class Assembler:
             line, self._first = line.removeprefix(_BOM), False
         if line.startswith(b"data:"):
             self._data.append(line[5:].removeprefix(b" "))
-            if len(line) > _LONGEST or (len(self._data) > 1 and sum(map(len, self._data)) > _LONGEST):
+            self._size += len(line)
+            if self._size > _LONGEST:
                 raise StreamTooLargeError
         elif not line:
             if self._data and not self.ended:
                 self._event(b"\n".join(self._data) if len(self._data) > 1 else self._data[0])
             self._data.clear()
-            self._name = b""
+            self._size, self._name = 0, b""
         elif line.startswith(b"event:"):
             self._name = line[6:].strip()
 
