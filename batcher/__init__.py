@@ -17,6 +17,7 @@ import pyarrow as pa
 from batcher import engine, errors, simulator
 from batcher.job import SIMULATOR, Job, load
 from batcher.records import Snapshot, Summary
+from batcher.store import Results
 
 __all__ = ["Job", "Result", "Snapshot", "Summary", "aretry", "arun", "errors", "load", "retry", "run"]
 
@@ -24,9 +25,11 @@ __all__ = ["Job", "Result", "Snapshot", "Summary", "aretry", "arun", "errors", "
 class Result:
     """What a finished run left: its summary, and its rows as Arrow tables."""
 
-    def __init__(self, output: Path, summary: Summary) -> None:
-        self.output = output
+    def __init__(self, results: Results, summary: Summary) -> None:
+        self.output: Path | str = results.folder or str(results)
+        """The output's folder, or its URI in an object store."""
         self.summary = summary
+        self._results = results
 
     def __repr__(self) -> str:
         totals = self.summary.totals
@@ -43,7 +46,9 @@ class Result:
     def _read(self, name: str) -> pa.Table:
         from pyarrow import dataset  # brings half a second of start-up with it, which a run need not pay
 
-        return dataset.dataset(self.output / name, format="parquet").to_table()
+        system, root = self._results.arrow()
+        files = sorted(f"{root}/{part}" for part in self._results.parts() if part.startswith(f"{name}/"))
+        return dataset.dataset(files, filesystem=system, format="parquet").to_table() if files else pa.table({})
 
 
 async def arun(job: Job, *, input: object = None, watch: Callable[[Snapshot], None] | None = None) -> Result:
@@ -74,7 +79,7 @@ async def aretry(
     watch: Callable[[Snapshot], None] | None = None,
 ) -> Result:
     """Like `retry`, on this event loop; cancelling it keeps all that is recorded. Raises batcher.errors."""
-    return await _aretry(Path(output), where, settings, abandon, input, watch, signals=False)
+    return await _aretry(output, where, settings, abandon, input, watch, signals=False)
 
 
 def retry(
@@ -92,11 +97,11 @@ def retry(
     again; `abandon` ends it instead. `input` is the table that the rows came from, if they did. `watch` is never called
     where there is no such row. Raises batcher.errors.
     """
-    return anyio.run(_aretry, Path(output), where, settings, abandon, input, watch, True, backend_options=_fast())
+    return anyio.run(_aretry, output, where, settings, abandon, input, watch, True, backend_options=_fast())
 
 
 async def _aretry(
-    output: Path,
+    output: str | Path,
     where: str | None,
     settings: Sequence[str],
     abandon: bool,
@@ -110,7 +115,7 @@ async def _aretry(
         if retrial.job.service.base_url == SIMULATOR:
             url = stack.enter_context(simulator.running(simulator.Settings())).url
         summary = await engine.retry(retrial, abandon=abandon, base_url=url, table=table, watch=watch, signals=signals)
-    return Result(retrial.job.output_folder, summary)
+    return Result(retrial.job.results, summary)
 
 
 def _fast() -> dict[str, bool]:
@@ -123,4 +128,4 @@ async def _arun(job: Job, table: object, watch: Callable[[Snapshot], None] | Non
             summary = await engine.run(job, base_url=service.url, table=table, watch=watch, signals=signals)
     else:
         summary = await engine.run(job, table=table, watch=watch, signals=signals)
-    return Result(job.output_folder, summary)
+    return Result(job.results, summary)

@@ -20,6 +20,7 @@ from batcher.report import Log, Progress, count, failure_lines, printable, rende
 if TYPE_CHECKING:
     from batcher import Result
     from batcher.job import Job
+    from batcher.store import Results
 
 # What only one command needs is imported there: starting up is a part of every command's time.
 
@@ -55,8 +56,8 @@ _JobFile = Annotated[
     typer.Argument(metavar="JOB", help="The job file (TOML).", show_default=False, autocompletion=_complete_job),
 ]
 _Output = Annotated[
-    Path,
-    typer.Argument(metavar="OUT", help="The output's folder.", show_default=False, autocompletion=_complete_output),
+    str,
+    typer.Argument(metavar="OUT", help="Its folder or URI.", show_default=False, autocompletion=_complete_output),
 ]
 _Settings = Annotated[
     list[str] | None,
@@ -123,31 +124,33 @@ def _run(job: "Job", quiet: bool, log: Log | None) -> None:
     import batcher
 
     if log:
-        log.tell("started", {"name": job.name, "output": str(job.output_folder), "pid": os.getpid()})
-    _watched(job.name, job.output_folder, quiet, log, lambda watch: batcher.run(job, watch=watch))
+        log.tell("started", {"name": job.name, "output": str(job.results), "pid": os.getpid()})
+    _watched(job.name, job.results, quiet, log, lambda watch: batcher.run(job, watch=watch))
 
 
 def _watched(
     name: str,
-    output: Path,
+    results: "Results",
     quiet: bool,
     log: Log | None,
     go: Callable[[Callable[[Snapshot], None] | None], "Result"],
 ) -> None:
     """Tell how a run goes and what it left. Ends with typer.Exit where rows have failed."""
-    summary = output / "summary.json"
-    before = _stamp(summary)
+    before = results.read("summary.json")
     watcher = None if quiet else log or Progress(name)
     try:
         result = go(watcher.show if watcher else None)
     finally:
         if watcher:
             watcher.close()
-        if _stamp(summary) != before:
+        written = before
+        with suppress(StorageError):
+            written = results.read("summary.json")
+        if written is not None and written != before:  # it says when its run began and ended: no two are the same
             if log:
-                log.tell("summary", _content(summary))
+                log.tell("summary", _content(written))
             else:
-                _say(_summary(summary))
+                _say(_summary(results, written))
     if result.summary.totals.failed:
         raise typer.Exit(3)
 
@@ -223,8 +226,10 @@ def retry(
     a new answer, never by a failure.
     """
     import batcher
+    from batcher.store import results_at
 
     log = Log() if log_format is LogFormat.JSON else None
+    results = results_at(output)
 
     def go(watch: Callable[[Snapshot], None] | None) -> "Result":
         asked: list[int] = []
@@ -232,7 +237,7 @@ def retry(
         def first(snapshot: Snapshot) -> None:
             if not asked:
                 asked.append(snapshot.total or 0)
-                _tell_asked(snapshot, output, log)
+                _tell_asked(snapshot, results, log)
             if watch:
                 watch(snapshot)
 
@@ -242,13 +247,14 @@ def retry(
         return result
 
     with _telling(log):
-        _watched(output.resolve().name, output, quiet, log, go)
+        _watched(results.name, results, quiet, log, go)
 
 
-def _tell_asked(snapshot: Snapshot, output: Path, log: Log | None) -> None:
+def _tell_asked(snapshot: Snapshot, results: "Results", log: Log | None) -> None:
     """Say how many rows a retry asks, before it does."""
     if log:
-        fields = {"output": str(output.resolve()), "pid": os.getpid(), "rows": snapshot.total}
+        output = results.folder.resolve() if results.folder else results
+        fields = {"output": str(output), "pid": os.getpid(), "rows": snapshot.total}
         log.tell("started", fields)
     else:
         done = f", {count(snapshot.before)} of them done before" if snapshot.before else ""
@@ -519,43 +525,36 @@ def _load(path: Path, settings: list[str] | None, limit: int | None) -> "Job":
     return load(path, [*(settings or []), *([] if limit is None else [f"input.limit={limit}"])])
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is written anew."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
-
-
-def _summary(path: Path) -> str:
+def _summary(results: "Results", written: bytes) -> str:
     """The summary that a run has just written, and the failures behind it."""
     import msgspec
 
     from batcher.records import Summary
 
-    summary = msgspec.json.decode(path.read_bytes(), type=Summary)
-    text = render(summary, _as_typed(path.parent))
+    summary = msgspec.json.decode(written, type=Summary)
+    text = render(summary, str(_as_typed(results.folder) if results.folder else results))
     if summary.totals.failed:
-        text += "\n\n  most common failures:\n" + "\n".join(
-            f"  {line}" for line in failure_lines(_failures(path.parent))
-        )
+        text += "\n\n  most common failures:\n" + "\n".join(f"  {line}" for line in failure_lines(_failures(results)))
     return text
 
 
-def _content(path: Path) -> dict[str, object]:
+def _content(written: bytes) -> dict[str, object]:
     import msgspec
 
-    return msgspec.json.decode(path.read_bytes(), type=dict[str, object])
+    return msgspec.json.decode(written, type=dict[str, object])
 
 
-def _failures(output: Path) -> Iterator[tuple[str | None, str | None]]:
+def _failures(results: "Results") -> Iterator[tuple[str | None, str | None]]:
     """Kind and message of every failed row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for path in sorted((output / "failures").glob("*.parquet")):
-        with suppress(OSError, pa.ArrowException), pq.ParquetFile(path) as file:
+    for name in sorted(name for name in results.parts() if name.startswith("failures/")):
+        with (
+            suppress(OSError, pa.ArrowException, StorageError),
+            results.local(name) as path,
+            pq.ParquetFile(path) as file,
+        ):
             for batch in file.iter_batches(columns=["kind", "message"]):
                 yield from zip(batch.column("kind").to_pylist(), batch.column("message").to_pylist(), strict=True)
 

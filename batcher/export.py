@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from decimal import Decimal
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 
 from batcher.errors import JobError, StorageError
 from batcher.records import Summary
+from batcher.store import Results, results_at
 
 Format = Literal["openai-batch", "jsonl", "csv"]
 
@@ -48,15 +50,17 @@ class Exported(NamedTuple):
     """Selected rows that are in neither; None while a run goes on, or when the last one did not come to its end."""
 
 
-def export(output: Path, to: Format, path: Path | None = None) -> Exported:
+def export(output: str | Path, to: Format, path: Path | None = None) -> Exported:
     """Write an output's rows in another format, as far as they are published; they stand in order.
 
-    The answers go to `path`, beside the output's folder where none is given; the failures to a second file beside it.
-    Both are put in place whole, and nothing is overwritten. Raises JobError, StorageError.
+    The answers go to `path`; where none is given, beside the output's folder, or here where that is in a store. The
+    failures go to a second file beside it. Both are put in place whole, and nothing is overwritten.
+    Raises JobError, StorageError.
     """
-    endpoint = _endpoint(output)
+    results = results_at(output)
+    endpoint = _endpoint(results)
     suffix, infix = _SUFFIXES[to]
-    whole = Path(os.path.abspath(output))
+    whole = Path(os.path.abspath(results.folder or results.name))
     answers = path or whole.with_name(whole.name + suffix)
     failures = answers.with_name(f"{answers.stem.removesuffix('.output')}{infix}{answers.suffix}")
     for target in (answers, failures):
@@ -72,7 +76,7 @@ def export(output: Path, to: Format, path: Path | None = None) -> Exported:
             "failures": stack.enter_context(_Draft(failures)),
         }
         writers: dict[str, _Write] = {}
-        for folder, batch in _batches(output, columns):
+        for folder, batch in _batches(results, columns):
             if folder not in writers:
                 writers[folder] = _writer(to, folder, endpoint, batch.schema.names)
             counts[folder] += batch.num_rows
@@ -85,43 +89,46 @@ def export(output: Path, to: Format, path: Path | None = None) -> Exported:
         failures if counts["failures"] else None,
         counts["responses"],
         counts["failures"],
-        _pending(output, sum(counts.values())),
+        _pending(results, sum(counts.values())),
     )
 
 
-def _endpoint(output: Path) -> str:
+def _endpoint(results: Results) -> str:
     """The endpoint that the job asked."""
+    written = results.read("job.toml")
+    if written is None:
+        raise JobError(f"{results}: no output of batcher, for it has no job.toml")
     try:
-        document = tomllib.loads((output / "job.toml").read_text(encoding="utf-8"))
+        document = tomllib.loads(written.decode())
         return str(document.get("request", {}).get("endpoint", "chat"))
-    except OSError:
-        raise JobError(f"{output}: no output of batcher, for it has no job.toml") from None
     except (ValueError, KeyError, AttributeError):
-        raise JobError(f"{output / 'job.toml'}: is damaged, so the output cannot be exported") from None
+        raise JobError(f"{results}/job.toml: is damaged, so the output cannot be exported") from None
 
 
-def _pending(output: Path, exported: int) -> int | None:
+def _pending(results: Results, exported: int) -> int | None:
     try:
-        summary = msgspec.json.decode((output / "summary.json").read_bytes(), type=Summary)
-    except (OSError, msgspec.DecodeError):
+        summary = msgspec.json.decode(results.read("summary.json") or b"", type=Summary)
+    except (StorageError, msgspec.DecodeError):
         return None
-    if summary.selected is None or (output / ".publishing").exists():
+    if summary.selected is None or results.unfinished:
         return None
     return max(0, summary.selected - exported)
 
 
-def _batches(output: Path, columns: Mapping[str, Collection[str]]) -> Iterator[tuple[str, pa.RecordBatch]]:
+def _batches(results: Results, columns: Mapping[str, Collection[str]]) -> Iterator[tuple[str, pa.RecordBatch]]:
     """The rows of all parts, in order, with their folder; an empty batch first for every part's columns."""
-    names = {path.name for folder in ("responses", "failures") for path in (output / folder).glob("part-*.parquet")}
+    there = (name.split("/") for name in results.parts())
+    names = {name for folder, name in there if folder != "attempts" and fnmatch(name, "part-*.parquet")}
     for name in sorted(names):
         with ExitStack() as stack:
             opened: list[tuple[str, pq.ParquetFile]] = []
             # Opened together: a part that a run puts in place meanwhile changes nothing in what is read.
             for folder in ("responses", "failures"):
-                with suppress(FileNotFoundError), _reading(output / folder / name):
-                    opened.append((folder, stack.enter_context(pq.ParquetFile(output / folder / name))))
+                with suppress(FileNotFoundError), _reading(f"{results}/{folder}/{name}"):
+                    path = stack.enter_context(results.local(f"{folder}/{name}"))
+                    opened.append((folder, stack.enter_context(pq.ParquetFile(path))))
             for folder, file in opened:
-                with _reading(output / folder / name):
+                with _reading(f"{results}/{folder}/{name}"):
                     schema = file.schema_arrow
                     wanted = [known for known in schema.names if known in columns.get(folder, schema.names)]
                     yield folder, pa.RecordBatch.from_pylist([], pa.schema([schema.field(known) for known in wanted]))
@@ -131,7 +138,7 @@ def _batches(output: Path, columns: Mapping[str, Collection[str]]) -> Iterator[t
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: str) -> Iterator[None]:
     """What goes wrong with a part ends as one line that names it."""
     try:
         yield

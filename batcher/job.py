@@ -19,6 +19,7 @@ from batcher.checks import allowed, place_of, shown, word
 from batcher.errors import JobError
 from batcher.parameters import CHAT, COMPLETIONS, Count, Text, Tier, clash, is_template, misfit_given
 from batcher.records import Price, Rates
+from batcher.store import UNFINISHED, Bucket, Folder, Results, is_remote, unfit
 
 SIMULATOR = "simulator"
 
@@ -129,7 +130,7 @@ class Job:
 
     __slots__ = (
         *("_sections", "folder", "input", "name", "origin", "output", "request", "retry", "schedule", "service"),
-        "texts",
+        *("results", "texts"),
     )
 
     def __init__(
@@ -188,10 +189,10 @@ class Job:
         places = [("input.path", place) for place in inputs]
         places += [("output.path", self.output.path), ("output.ledger", self.output.ledger or "")]
         for key, place in places:
-            if "://" in place and key != "input.path":
-                raise JobError(f"{origin}: {key}: {shown(place)}: only local paths are supported yet")
             if "\0" in place:
                 raise JobError(f"{origin}: {key}: no path holds a NUL")
+        self.results: Results = self._place(origin)
+        """Where the results go."""
         try:
             self.document()
         except (TypeError, ValueError) as error:  # Python can say what TOML cannot: a null in a schema, say
@@ -202,18 +203,24 @@ class Job:
         return f"Job({self.name!r}, {asked!r}, output={self.output.path!r})"
 
     @property
-    def output_folder(self) -> Path:
-        """The output's folder, absolute."""
-        return Path(os.path.normpath(self.folder / self.output.path))
-
-    @property
     def ledger_path(self) -> Path:
         """The ledger's file, absolute; inside the output unless the job says otherwise."""
-        return (
-            Path(os.path.normpath(self.folder / self.output.ledger))
-            if self.output.ledger
-            else (self.output_folder / "ledger.sqlite")
-        )
+        return Path(os.path.normpath(self.folder / (self.output.ledger or f"{self.output.path}/ledger.sqlite")))
+
+    def _place(self, origin: str) -> Results:
+        path, ledger = self.output.path, self.output.ledger
+        if ledger is not None and is_remote(ledger):
+            raise JobError(f"{origin}: output.ledger: the ledger lies on this machine: a local path, please")
+        if not is_remote(path):
+            return Folder(Path(os.path.normpath(self.folder / path)))
+        if problem := unfit(path):
+            raise JobError(f"{origin}: output.path: {problem}")
+        if ledger is None:
+            raise JobError(
+                f"{origin}: output.ledger is missing: results may go to a store, their ledger lies on this machine;\n"
+                f'name a place for it, such as ledger = "{Path(self.name).name}.sqlite"'
+            )
+        return Bucket(path, self.ledger_path.with_name(self.ledger_path.name + UNFINISHED))
 
     def document(self) -> bytes:
         """The job as TOML, overrides included; the ledger's path is absolute: the output may be read from anywhere."""
@@ -266,21 +273,24 @@ class Job:
 def load(path: str | Path, settings: Sequence[str] = ()) -> Job:
     """Read a job file. `settings` are `section.key=value` overrides, the value in TOML or a bare text."""
     path = Path(path)
-    document = read_document(path)
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise JobError(f"{path}: no such job file") from None
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read: {_reason(error)}") from None
+    document = parse_document(text, path.name)
     for setting in settings:
         _override(document, setting)
     return from_document(document, path.absolute().parent, path.name)
 
 
-def read_document(path: Path) -> dict[str, Any]:
+def parse_document(text: bytes, origin: str) -> dict[str, Any]:
     """The tables of a job file, not checked yet."""
-    origin = path.name
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise JobError(f"{path}: no such job file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"{path}: cannot be read: {_reason(error)}") from None
+        return tomllib.loads(text.decode("utf-8-sig").replace("\r\n", "\n"))
+    except UnicodeDecodeError as error:
+        raise JobError(f"{origin}: cannot be read: {_reason(error)}") from None
     except ValueError as error:  # TOMLDecodeError, and numbers beyond all measure
         raise JobError(f"{origin}: not valid TOML: {error}") from None
     except RecursionError:

@@ -33,6 +33,7 @@ RESERVE_BYTES = 16 << 20
 """Kept free for the answers that are still in flight when the disk fills up."""
 WORTH_BYTES = 1 << 20
 LITTLE_BYTES = 16 << 20
+GONE = "the ledger is gone; put it back, or start anew in another output folder"
 """A ledger that ends with at least so many bytes free gives them back, when it holds no more than so many others."""
 
 _SCHEMA = """
@@ -498,7 +499,7 @@ def open_read_only(path: Path) -> Iterator[sqlite3.Connection]:
     """A ledger to read from, left as it is, also when a killed run left its journal behind. Raises StorageError."""
     journal, index = path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")
     if not path.is_file():
-        raise StorageError(f"{path}: the ledger is gone; put it back, or start anew in another output folder")
+        raise StorageError(f"{path}: {GONE}")
     with tempfile.TemporaryDirectory() as elsewhere:
         if not journal.is_file() or not journal.stat().st_size:
             how = "immutable=1"
@@ -677,6 +678,11 @@ class Lock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._descriptor)
+
+
+def lock_beside(ledger: Path) -> Path:
+    """The file to lock where a ledger does not lie in its output's folder."""
+    return ledger.with_name(ledger.name + ".lock")
 
 
 def held(folder: Path) -> bool:

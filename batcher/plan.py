@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
 from batcher import bits
 from batcher.dialects import PRICES_AS_OF
-from batcher.engine import LOOKED_AT, Prepared, Selection, first_rows, prepare, refuse_unserved, select
+from batcher.engine import LOOKED_AT, Prepared, Selection, first_rows, not_ours, prepare, refuse_unserved, select
 from batcher.job import SIMULATOR, Job, Schedule, differences
 from batcher.ledger import done_rows, open_read_only, parts_of
 from batcher.payload import pack
@@ -52,7 +51,7 @@ class Plan:
     """None until the service has answered."""
     binds: str
     """What the time is bound by."""
-    output: Path
+    output: str
     refusal: str | None
     """Why the output cannot be gone on with."""
 
@@ -96,7 +95,7 @@ def plan(job: Job) -> Plan:
         prices="prices of the job" if models <= job.service.prices.keys() else f"list prices of {PRICES_AS_OF}",
         seconds=seconds,
         binds=binds,
-        output=job.output_folder,
+        output=str(job.results),
         refusal=refusal,
     )
 
@@ -130,7 +129,7 @@ def render(plan: Plan) -> str:
         ("answers", f"{output} tokens" if plan.output_tokens is not None else output),
         ("cost", cost),
         ("time", f"{time}, {plan.binds}" if plan.binds else time),
-        ("output", str(plan.output)),
+        ("output", plan.output),
     ]
     if plan.unsendable:
         position, why = plan.unsendable[0]
@@ -158,10 +157,9 @@ def _headers(prepared: Prepared, body: bytes) -> dict[str, str]:
 def _earlier(prepared: Prepared, selection: Selection) -> tuple[int, str | None]:
     """How many of the selected rows an earlier run has done, and why it cannot be gone on with."""
     job = prepared.job
-    if not job.ledger_path.exists():
-        if any((job.output_folder / "responses").glob("*.parquet")):
-            return 0, f"{job.output_folder} holds parts, but their ledger {job.ledger_path} is gone"
-        return 0, None
+    refusal = not_ours(job)
+    if refusal or not job.ledger_path.exists():
+        return 0, refusal
     with open_read_only(job.ledger_path) as ledger:
         size = job.output.rows_per_part
         done = 0
@@ -173,7 +171,7 @@ def _earlier(prepared: Prepared, selection: Selection) -> tuple[int, str | None]
     begun = msgspec.json.decode(known.get("meaning", b"{}"))
     meaning = msgspec.json.decode(msgspec.json.encode(job.meaning()))
     if begun and (different := list(differences(begun, meaning))):
-        return done, f"{job.output_folder} was begun with another job: {'; '.join(different)}"
+        return done, f"{job.results} was begun with another job: {'; '.join(different)}"
     files = msgspec.json.decode(known.get("input", b"[]"), type=list[FileIdentity])
     if difference := changed(files, prepared.source.identities):
         return done, f"the input has changed since the run began: {difference}"

@@ -81,8 +81,8 @@ MEANINGS: Mapping[str, str] = {
     "retry.max_invalid": "Times that a row is asked again because its answer did not fit the schema.",
     "output": "Where the answers go.",
     "output.keep": "Input columns to carry along.",
-    "output.ledger": "Where the ledger lies, if not in the output's folder.",
-    "output.path": "The output's folder; relative to the job file.",
+    "output.ledger": "Where the ledger lies, if not in the output's folder; required for object stores.",
+    "output.path": "The output's folder, relative to the job file, or a URI such as s3://bucket/prefix.",
     "output.raw": "Keep the service's whole answers too.",
     "output.rows_per_part": "Input rows per Parquet file.",
 }

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from operator import attrgetter
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +28,7 @@ from batcher.records import (
     Totals,
     Usage,
 )
+from batcher.store import Results
 
 ROW_GROUP_ROWS = 8192
 ROW_GROUP_BYTES = 16 << 20
@@ -179,11 +179,11 @@ class Shape(NamedTuple):
 
 
 class Sink:
-    """The output's folders of parts. Raises StorageError."""
+    """The folders of parts among an output's results. Raises StorageError."""
 
     def __init__(
         self,
-        folder: Path,
+        results: Results,
         shape: Shape,
         read: Callable[[Attempt], Answer | Failure],
         cost: Callable[[str, int, int, int, str | None], float | None],
@@ -192,28 +192,21 @@ class Sink:
 
         `cost` prices prompt, cached and completion tokens of a model in a tier.
         """
-        self.folder = folder
+        assert results.workshop is not None
+        self._results = results
+        self._workshop = results.workshop
         self._shape = shape
         self._read = read
         self._cost = cost
         self._schemas = {"responses": shape.responses(), "failures": shape.failures(), "attempts": ATTEMPTS}
-        self._workshop = folder / ".publishing"
 
     def prepare(self) -> None:
-        """Make the folders and clear away what a killed run was building."""
-        try:
-            for name in (*self._schemas, ".publishing"):
-                (self.folder / name).mkdir(exist_ok=True)
-            for leftover in self._workshop.iterdir():
-                leftover.unlink()
-            _sync_folder(self.folder)
-        except OSError as error:
-            raise StorageError.of(self.folder, error) from None
+        """Make ready, and clear away what a killed run was building."""
+        self._results.begin()
 
     def finish(self) -> None:
-        """Clear the workshop away; what somebody else put there stays."""
-        with suppress(OSError):
-            self._workshop.rmdir()
+        """Nothing more is published."""
+        self._results.end()
 
     def publish(
         self,
@@ -245,7 +238,7 @@ class Sink:
                         writer.close()
                     (self._workshop / f"{name}-{part:06d}").unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise StorageError.of(f"{self.folder}: part {part}", error) from None
+                raise StorageError.of(f"{self._workshop.parent}: part {part}", error) from None
             raise
 
     def _build(
@@ -293,7 +286,7 @@ class Sink:
         counts = {"responses": totals.answered, "failures": totals.failed, "attempts": totals.attempts}
         files = tuple(self._place(name, part, counts[name]) for name in writers)
         for name in self._schemas.keys() - writers.keys():
-            self._remove(name, part)
+            self._results.remove(_file(name, part))
         return files
 
     def _row_groups(
@@ -470,9 +463,12 @@ class Sink:
     def _former(self, name: str, part: int, former: Sequence[str]) -> Iterator[pa.RecordBatch]:
         if _file(name, part) not in former:
             return
-        path = self.folder / _file(name, part)
+        former_self = _file(name, part)
         try:
-            with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
+            with (
+                self._results.local(former_self) as path,
+                pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file,
+            ):
                 left = file.metadata.num_rows
                 for group in range(file.num_row_groups):
                     for batch in file.iter_batches(ROW_GROUP_ROWS, row_groups=[group]):
@@ -482,8 +478,9 @@ class Sink:
                     raise pa.ArrowInvalid(f"{left} rows are not there")
         except (OSError, pa.ArrowInvalid) as error:
             reason = " ".join(str(error).split())
+            place = f"{self._results}/{former_self}"
             raise StorageError(
-                f"{path}: its rows are nowhere else, and it cannot be read ({reason}); restore it"
+                f"{place}: its rows are nowhere else, and it cannot be read ({reason}); restore it"
             ) from None
 
     def _writer(self, name: str, part: int) -> pq.ParquetWriter:
@@ -498,25 +495,20 @@ class Sink:
         )
 
     def _place(self, name: str, part: int, rows: int) -> FileRecord:
-        """Sync a finished file, move it to its name, sync the folder."""
-        made, target = self._workshop / f"{name}-{part:06d}", self.folder / _file(name, part)
+        """Sync a finished file, put it in its place, see that it stays there."""
+        made, target = self._workshop / f"{name}-{part:06d}", _file(name, part)
         killpoint(f"{name}.written")
         with made.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
             os.fsync(file.fileno())
+        record = FileRecord(target, rows, size, digest)
         killpoint(f"{name}.synced")
-        os.replace(made, target)
+        self._results.put(made, record)
         killpoint(f"{name}.renamed")
-        _sync_folder(target.parent)
+        self._results.settle(target)
         killpoint(f"{name}.placed")
-        return FileRecord(_file(name, part), rows, size, digest)
-
-    def _remove(self, name: str, part: int) -> None:
-        """Take away a file that has no rows left, for good."""
-        with suppress(FileNotFoundError):
-            (self.folder / _file(name, part)).unlink()
-            _sync_folder(self.folder / name)
+        return record
 
 
 class _Group:
@@ -707,11 +699,3 @@ def _count(totals: Totals, name: str, table: pa.Table) -> None:
         part.failed = table.num_rows
         part.failure_kinds = counts("kind")
     totals.add(part)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,8 @@ import msgspec
 from batcher.errors import JobError, StorageError
 from batcher.ledger import added_up, done_by_part, held, note_of, open_read_only, parts_of, timeline_of
 from batcher.records import UNIT, Note, PartRecord, Second, Status, Totals
-from batcher.verify import settings
+from batcher.store import results_at
+from batcher.verify import lock_of, settings
 
 NOW = 10
 """Seconds over which the present speed is measured."""
@@ -22,32 +23,34 @@ LIVE = ("running", "draining", "publishing")
 _ENDED = ("complete", "paused", "interrupted", "stopped")
 
 
-def status(output: Path) -> Status:
+def status(output: str | Path) -> Status:
     """Look into an output. Raises JobError where there is none, StorageError where its ledger cannot be read."""
-    tries = 0
+    tries, results = 0, results_at(output)
     while True:
         tries += 1
-        busy = held(output)
+        busy = results.folder is not None and held(results.folder)
         try:
-            size, path = settings(output)
+            size, path, _ = settings(results)
         except JobError:
             if busy:  # a run is just making it
                 return Status(output=str(output), state="in use")
             raise
+        lock = lock_of(results, path)
+        busy = held(lock)
         try:
             with open_read_only(path) as ledger:
-                found = _read(output, size, ledger, busy)
+                found = _read(str(output), size, ledger, busy)
         except (StorageError, msgspec.MsgspecError) as error:
             if tries < TRIES:  # the journal may have gone as it was opened: a run began or ended just now
                 time.sleep(0.05)
                 continue
             raise error if isinstance(error, StorageError) else StorageError(f"{path}: is damaged ({error})") from None
-        if held(output) == busy or tries >= TRIES:  # else a run began or ended just now
+        if held(lock) == busy or tries >= TRIES:  # else a run began or ended just now
             found.ledger_bytes = sum(map(_bytes, (path, path.with_name(path.name + "-wal"))))
             return found
 
 
-def _read(output: Path, size: int, ledger: sqlite3.Connection, busy: bool) -> Status:
+def _read(output: str, size: int, ledger: sqlite3.Connection, busy: bool) -> Status:
     """What one consistent look at the ledger tells."""
     ledger.execute("BEGIN")
     note = note_of(ledger)
@@ -59,7 +62,7 @@ def _read(output: Path, size: int, ledger: sqlite3.Connection, busy: bool) -> St
     ended = phase in _ENDED
     idle_state, busy_state = (phase, "in use") if ended else ("broken off", phase or "in use")
     found = Status(
-        output=str(output),
+        output=output,
         state=busy_state if busy else idle_state,
         answered=totals.answered,
         failed=totals.failed,

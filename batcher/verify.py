@@ -7,6 +7,7 @@ import sqlite3
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import pyarrow as pa
@@ -14,12 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batcher import bits
-from batcher.errors import JobError
+from batcher.errors import JobError, StorageError
 from batcher.job import Output
-from batcher.ledger import Lock, done_rows, open_read_only, parts_of
+from batcher.ledger import Lock, done_rows, lock_beside, open_read_only, parts_of
 from batcher.records import UNIT, FileRecord, PartRecord, Summary, Totals
+from batcher.store import FOLDERS, UNFINISHED, Results, not_here, results_at
 
-_FOLDERS = ("responses", "failures", "attempts")
 _ANSWERED_SUMS = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "latency", "altered")
 _BILLED_SUMS = ("billed_prompt_tokens", "billed_completion_tokens", "cost_usd")
 
@@ -38,43 +39,58 @@ class Verdict:
     problems: list[str] = field(default_factory=list)
 
 
-def verify(output: Path) -> Verdict:
+def verify(output: str | Path) -> Verdict:
     """Recount an output, part by part, and write nothing.
 
     Raises JobError where there is no output, OutputInUseError while a run writes to it.
     """
-    size, path = settings(output)
-    with Lock(output), open_read_only(path) as ledger:
-        return _Recount(output, size, _is_selective(output), ledger).verdict()
+    results = results_at(output)
+    found = settings(results)
+    with Lock(lock_of(results, found.ledger)), open_read_only(found.ledger) as ledger:
+        return _Recount(results, found, ledger).verdict()
 
 
-def settings(output: Path) -> tuple[int, Path]:
-    """Rows per part, and where the ledger lies. Raises JobError where there is no output."""
-    try:
-        document = tomllib.loads((output / "job.toml").read_text(encoding="utf-8"))
-        section = msgspec.convert(document["output"], Output)
-    except OSError:
-        raise JobError(f"{output}: no output of batcher, for it has no job.toml") from None
-    except (ValueError, KeyError, msgspec.ValidationError):
-        raise JobError(f"{output / 'job.toml'}: is damaged, so the output cannot be read") from None
-    ledger = Path(output, section.ledger or "ledger.sqlite")
-    if not ledger.exists() and not (output / "responses").exists():
-        raise JobError(f"{output}: no output of batcher, for it has neither ledger nor responses")
-    return section.rows_per_part, ledger
+class Settings(NamedTuple):
+    """What an output's job.toml tells."""
 
-
-def _is_selective(output: Path) -> bool:
+    rows_per_part: int
+    ledger: Path
+    selective: bool
     """Whether it is the ledger that tells which rows the last run was about."""
-    given = tomllib.loads((output / "job.toml").read_text(encoding="utf-8")).get("input", {})
-    return "where" in given or "sample" in given
+
+
+def settings(results: Results) -> Settings:
+    """What an output says of itself. Raises JobError where there is none, StorageError where its ledger is not here."""
+    written = results.read("job.toml")
+    if written is None:
+        raise JobError(f"{results}: no output of batcher, for it has no job.toml")
+    try:
+        document = tomllib.loads(written.decode())
+        section = msgspec.convert(document["output"], Output)
+        given = document.get("input", {})
+        selective = "where" in given or "sample" in given
+    except (ValueError, KeyError, TypeError, msgspec.ValidationError):
+        raise JobError(f"{results}/job.toml: is damaged, so the output cannot be read") from None
+    ledger = Path(results.folder or "", section.ledger or "ledger.sqlite")
+    if not ledger.exists():
+        if results.folder is None:
+            raise StorageError(f"{ledger}: {not_here(results)}")
+        if not (results.folder / "responses").exists():
+            raise JobError(f"{results}: no output of batcher, for it has neither ledger nor responses")
+    return Settings(section.rows_per_part, ledger, selective)
+
+
+def lock_of(results: Results, ledger: Path) -> Path:
+    """What a run of this output locks."""
+    return results.folder or lock_beside(ledger)
 
 
 class _Recount:
     """The state of one recount."""
 
-    def __init__(self, output: Path, size: int, selective: bool, ledger: sqlite3.Connection) -> None:
-        self._output = output
-        self._size = size
+    def __init__(self, results: Results, found: Settings, ledger: sqlite3.Connection) -> None:
+        self._results = results
+        self._size = found.rows_per_part
         self._ledger = ledger
         self._schemas: dict[str, tuple[str, pa.Schema]] = {}
         self._complete: dict[int, int] = {}
@@ -82,9 +98,9 @@ class _Recount:
         self._open = 0
         self._found = Verdict()
         self._summary = self._read_summary()
-        self._ended = self._summary is not None and not (output / ".publishing").exists()
+        self._ended = self._summary is not None and not results.unfinished
         """Whether the last run came to its end, and the summary is its."""
-        self._selective = selective
+        self._selective = found.selective
 
     def verdict(self) -> Verdict:
         """All parts, then what they make together."""
@@ -125,28 +141,37 @@ class _Recount:
         allowed = range(start, record.stop if complete or again else start + self._size)
         settled = complete or self._ended
         for file in record.files if settled else ():
-            if file.name in names:
-                self._intact(file)
-            else:
+            if file.name not in names:
                 self._say(file.name, f"is missing ({file.rows:,} rows)")
-        known = {file.name: file.rows for file in record.files}
+        known = {file.name: file for file in record.files}
         rows: dict[str, pa.ChunkedArray] = {}
-        for name in sorted(names, key=lambda name: _FOLDERS.index(name.split("/")[0])):
+        for name in sorted(names, key=lambda name: FOLDERS.index(name.split("/")[0])):
             if settled and name not in known:
                 self._say(name, "is not known to the ledger")
-            read = self._read(name, totals)
+            read = self._file(name, known.get(name) if settled else None, totals)
             if read is None:
                 continue
             folder = name.split("/")[0]
             self._in_order(name, read, allowed)
             rows[folder] = read["row"]
-            if settled and known.get(name, read.num_rows) != read.num_rows:
-                self._say(name, f"holds {read.num_rows:,} rows, and {known[name]:,} were published")
+            if settled and name in known and known[name].rows != read.num_rows:
+                self._say(name, f"holds {read.num_rows:,} rows, and {known[name].rows:,} were published")
         self._once(part, rows, record, complete, again)
         return totals
 
-    def _intact(self, file: FileRecord) -> None:
-        path = self._output / file.name
+    def _file(self, name: str, known: FileRecord | None, totals: Totals) -> pa.Table | None:
+        """A file against what is known of it, and its rows (and attempts). None: cannot be read."""
+        self._found.files += 1
+        try:
+            with self._results.local(name) as path:
+                if known is not None:
+                    self._intact(path, known)
+                return self._read(name, path, totals)
+        except (OSError, pa.ArrowException, KeyError) as error:
+            self._say(name, f"cannot be read: {error}")
+            return None
+
+    def _intact(self, path: Path, file: FileRecord) -> None:
         if (size := path.stat().st_size) != file.bytes:
             self._say(file.name, f"has {size:,} bytes, and {file.bytes:,} were published")
             return
@@ -154,22 +179,17 @@ class _Recount:
             if hashlib.file_digest(stream, "sha256").hexdigest() != file.sha256:
                 self._say(file.name, "is not what was published: its sha256 differs")
 
-    def _read(self, name: str, totals: Totals) -> pa.Table | None:
-        """The rows (and attempts) of a file, every page of it checked; its sums are added. None: cannot be read."""
-        self._found.files += 1
+    def _read(self, name: str, path: Path, totals: Totals) -> pa.Table:
+        """The rows (and attempts) of a file, every page of it checked; its sums are added."""
         folder = name.split("/")[0]
         numbers: list[pa.RecordBatch] = []
-        try:
-            with pq.ParquetFile(self._output / name, page_checksum_verification=True, pre_buffer=False) as file:
-                self._same_columns(name, file.schema_arrow)
-                columns = ["row", "attempt"] if folder == "attempts" else ["row"]
-                for batch in file.iter_batches(batch_size=4096):
-                    numbers.append(batch.select(columns))
-                    _add(totals, folder, batch)
-                return pa.Table.from_batches(numbers, pa.schema([file.schema_arrow.field(name) for name in columns]))
-        except (OSError, pa.ArrowException, KeyError) as error:
-            self._say(name, f"cannot be read: {error}")
-            return None
+        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+            self._same_columns(name, file.schema_arrow)
+            columns = ["row", "attempt"] if folder == "attempts" else ["row"]
+            for batch in file.iter_batches(batch_size=4096):
+                numbers.append(batch.select(columns))
+                _add(totals, folder, batch)
+            return pa.Table.from_batches(numbers, pa.schema([file.schema_arrow.field(name) for name in columns]))
 
     def _same_columns(self, name: str, schema: pa.Schema) -> None:
         first, expected = self._schemas.setdefault(name.split("/")[0], (name, schema))
@@ -233,9 +253,10 @@ class _Recount:
     def _whole(self, recorded: Totals) -> None:
         """What the parts make together, once the last run has come to its end."""
         summary = self._summary
-        leftovers = list((self._output / ".publishing").glob("*"))
+        folder = self._results.folder
+        leftovers = [] if folder is None else list((folder / UNFINISHED).glob("*"))
         if leftovers and not self._open and summary is not None and summary.state == "complete":
-            self._say(f".publishing/{leftovers[0].name}", "was left behind; run the job again to clear it away")
+            self._say(f"{UNFINISHED}/{leftovers[0].name}", "was left behind; run the job again to clear it away")
         if summary is None or not self._ended:
             return
         self._found.pending = summary.pending
@@ -277,21 +298,18 @@ class _Recount:
     def _files(self) -> dict[int, set[str]]:
         """The published files by part; what else lies in the folders is a problem."""
         found: dict[int, set[str]] = {}
-        for folder in _FOLDERS:
-            for path in sorted((self._output / folder).glob("*")):
-                name = f"{folder}/{path.name}"
-                if match := re.fullmatch(r"part-(\d{6,})\.parquet", path.name):
-                    found.setdefault(int(match[1]), set()).add(name)
-                else:
-                    self._say(name, "is no part of the output")
+        for name in sorted(self._results.parts()):
+            if match := re.fullmatch(r"part-(\d{6,})\.parquet", name.split("/")[1]):
+                found.setdefault(int(match[1]), set()).add(name)
+            else:
+                self._say(name, "is no part of the output")
         return found
 
     def _read_summary(self) -> Summary | None:
         try:
-            return msgspec.json.decode((self._output / "summary.json").read_bytes(), type=Summary)
-        except FileNotFoundError:
-            return None
-        except (OSError, msgspec.MsgspecError) as error:
+            written = self._results.read("summary.json")
+            return None if written is None else msgspec.json.decode(written, type=Summary)
+        except (StorageError, msgspec.MsgspecError) as error:
             self._say("summary.json", f"cannot be read: {error}")
             return None
 

@@ -116,7 +116,7 @@ def test_a_small_job(tmp_path: Path) -> None:
     assert job.schedule.requests_per_minute is None
     assert (job.retry.max_attempts, job.retry.max_invalid) == (6, 2)
     assert (job.output.keep, job.output.rows_per_part, job.output.raw) == ("all", 50_000, False)
-    assert job.output_folder == tmp_path / "out"
+    assert job.results.folder == tmp_path / "out"
     assert job.ledger_path == tmp_path / "out" / "ledger.sqlite"
 
 
@@ -266,8 +266,6 @@ LATER = [
     ("schedule.dedupe", False),
     ("schedule.wait", True),
     ("retry.repair", False),
-    ("output.path", "s3://bucket/out"),
-    ("output.ledger", "gs://bucket/ledger"),
 ]
 
 
@@ -553,7 +551,7 @@ def test_a_job_from_python_is_checked_alike(tmp_path: Path) -> None:
         folder=tmp_path,
     )
     assert job.service.api_key_env is None
-    assert job.output_folder == tmp_path / "out"
+    assert job.results.folder == tmp_path / "out"
     assert "gpt-oss-120b" in repr(job)
     wrong: list[tuple[dict[str, object], str]] = [
         (changed("request.temperature", 3), "job: request.temperature: a number from 0 to 2, not 3"),

@@ -30,6 +30,7 @@ from batcher.dialects import openai
 from batcher.ledger import Ledger
 from batcher.records import Answer, Attempt, Failure, Kind, Outcome, PartRecord, Reply, Timing
 from batcher.sink import Shape, Sink
+from batcher.store import Folder
 from tests import stories
 
 SHIM = r"""
@@ -513,7 +514,7 @@ async def _record_and_publish(output: Path) -> None:
     ledger = Ledger(output / "ledger.sqlite")
     ledger.set_meta({"meaning": b"m" * 20_000, "kept": b"k" * 20_000})
     kept = pa.schema([("__altered", pa.bool_())])
-    sink = Sink(output, Shape(pa.schema([]), None, (), None, frozenset(), False), read, lambda *_: None)
+    sink = Sink(Folder(output), Shape(pa.schema([]), None, (), None, frozenset(), False), read, lambda *_: None)
     sink.prepare()
     ledger.start(durable, lambda error: None)
 

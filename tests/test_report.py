@@ -280,7 +280,7 @@ def test_a_terminal_that_goes_away_ends_no_run() -> None:
 
 def test_the_summary_has_every_sum() -> None:
     """Outcomes by kind, requests and repeats, tokens, cost, unusual ends of answers, time, and where it all lies."""
-    text = render(DONE, Path("out/tickets"))
+    text = render(DONE, "out/tickets")
     for expected in (
         "tickets: complete",
         "12,340",
@@ -313,7 +313,7 @@ def test_what_is_not_known_is_called_unknown() -> None:
             requests=4,
             version="1",
         ),
-        Path("out"),
+        "out",
     )
     assert text.startswith(r"a\x1b[2J: interrupted")
     assert "unknown price" in text
@@ -328,7 +328,8 @@ def test_the_lines_that_open_the_answers_do(tmp_path: Path, name: str) -> None:
     output = tmp_path / name
     (output / "responses").mkdir(parents=True)
     pq.write_table(pa.table({"row": [0, 1]}), output / "responses" / "part-000000.parquet")
-    lines = dict(line.strip().split(maxsplit=1) for line in render(DONE, output).splitlines() if line.startswith("  "))
+    text = render(DONE, str(output))
+    lines = dict(line.strip().split(maxsplit=1) for line in text.splitlines() if line.startswith("  "))
     assert len(eval(lines["pandas"], {"pandas": importlib.import_module("pandas")})) == 2
     shell = ["sh", "-c", 'duckdb() { printf %s "$2"; }; ' + lines["DuckDB"]]
     query = subprocess.run(shell, capture_output=True, check=True, text=True).stdout

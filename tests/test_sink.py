@@ -41,6 +41,7 @@ from batcher.records import (
     Totals,
 )
 from batcher.sink import ROW_GROUP_BYTES, ROW_GROUP_ROWS, Shape, Sink
+from batcher.store import Folder
 
 SENT = 1_790_000_000_000_000
 PRICE = Price(input=1.0, output=10.0, cached=0.5)
@@ -129,7 +130,7 @@ class Output:
 
     def __post_init__(self) -> None:
         """Open it as a run does."""
-        self.sink = Sink(self.folder, self.shape, read, price)
+        self.sink = Sink(Folder(self.folder), self.shape, read, price)
         self.sink.prepare()
 
     def publish(
@@ -865,7 +866,7 @@ def test_what_a_killed_run_was_building_is_cleared_away(tmp_path: Path) -> None:
     """Opening an output removes unfinished files; ending a run removes their folder."""
     output = Output(tmp_path)
     (tmp_path / ".publishing" / "responses-000003").write_bytes(b"PAR1 half")
-    sink = Sink(tmp_path, PLAIN, read, price)
+    sink = Sink(Folder(tmp_path), PLAIN, read, price)
     sink.prepare()
     assert list((tmp_path / ".publishing").iterdir()) == []
     output.sink.finish()

@@ -61,7 +61,7 @@ def whole(service: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output of three complete parts, with answers and failures."""
     job = batcher.load(_job(tmp_path_factory.mktemp("whole"), service))
     batcher.run(job)
-    return job.output_folder
+    return job.folder / job.output.path
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job = batcher.load(_job(tmp_path_factory.mktemp("interrupted"), simulator.url), ["schedule.max_in_flight=1"])
         with pytest.raises(batcher.errors.PausedError):
             batcher.run(job)
-    return job.output_folder
+    return job.folder / job.output.path
 
 
 @pytest.fixture(scope="module", params=["responses.renamed:2", "complete.before:1"])

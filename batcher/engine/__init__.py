@@ -1,7 +1,7 @@
 """The engine joins the rooms: `attempt` is a row's life, `feed` brings rows, `publish` takes them, `run` is around."""
 
 from batcher.engine.again import reopened, retry
-from batcher.engine.prepared import Prepared, prepare
+from batcher.engine.prepared import Prepared, not_ours, prepare
 from batcher.engine.run import RARELY, run
 from batcher.engine.selection import LOOKED_AT, Selection, first_rows, refuse_unserved, select
 
@@ -11,6 +11,7 @@ __all__ = [
     "Prepared",
     "Selection",
     "first_rows",
+    "not_ours",
     "prepare",
     "refuse_unserved",
     "reopened",

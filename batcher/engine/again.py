@@ -13,15 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batcher.engine.feed import Feed, Reader
-from batcher.engine.prepared import agree_again, prepare
+from batcher.engine.prepared import agree_again, not_ours, prepare
 from batcher.engine.publish import Range
 from batcher.engine.run import exclusively, live
 from batcher.engine.threads import aside
 from batcher.errors import JobError, StorageError
-from batcher.job import Job, from_document, read_document
-from batcher.ledger import Ledger, Progress
+from batcher.job import Job, from_document, parse_document
+from batcher.ledger import GONE, Ledger, Progress
 from batcher.records import UNIT, Former, Kind, PartRecord, Retried, Snapshot, Summary
 from batcher.sink import Shape
+from batcher.store import Folder, Results, not_here, results_at
 from batcher.transport import Transport
 from batcher.where import Condition
 
@@ -41,20 +42,23 @@ class Retrial(NamedTuple):
 
 
 @contextmanager
-def reopened(output: Path, where: str | None, settings: Sequence[str]) -> Iterator[Retrial]:
+def reopened(output: str | Path, where: str | None, settings: Sequence[str]) -> Iterator[Retrial]:
     """Hold a finished output, or one whose retry was interrupted. Raises JobError, OutputInUseError, StorageError."""
-    if not (output / "job.toml").is_file():
+    results = results_at(output)
+    if results.folder is not None:
+        results = Folder(Path(os.path.abspath(results.folder)))
+    written = results.read("job.toml")
+    if written is None:
         raise JobError(f"{output}: no output of batcher, for it has no job.toml")
-    output = Path(os.path.abspath(output))
-    document = read_document(output / "job.toml")
+    document = parse_document(written, "job.toml")
     section = document.get("output")
     if not isinstance(section, dict):
-        raise JobError(f"{output / 'job.toml'}: is damaged: the section [output] is missing")
-    section["path"] = str(output)
-    path = output / str(section.get("ledger") or "ledger.sqlite")
+        raise JobError(f"{results}/job.toml: is damaged: the section [output] is missing")
+    section["path"] = str(results)
+    path = Path(results.folder or "", str(section.get("ledger") or "ledger.sqlite"))
     if not path.is_file():
-        raise StorageError(f"{path}: the ledger is gone; put it back, or start anew in another output folder")
-    with exclusively(output, path):
+        raise StorageError(f"{path}: {GONE if results.folder else not_here(results)}")
+    with exclusively(results, path):
         ledger = Ledger(path)
         folder, texts = ledger.meta("folder"), ledger.meta("texts")
         if folder is None or texts is None:
@@ -62,6 +66,8 @@ def reopened(output: Path, where: str | None, settings: Sequence[str]) -> Iterat
         base = from_document(
             document, Path(os.fsdecode(folder)), "job.toml", msgspec.json.decode(texts, type=dict[str, str])
         )
+        if refusal := not_ours(base):
+            raise JobError(refusal)
         retries = ledger.retries()
         begun = retries[-1] if retries and retries[-1].finished_at is None else None
         if begun is not None:
@@ -91,33 +97,33 @@ async def retry(
     """
     job, ledger = retrial.job, retrial.ledger
     if abandon and not retrial.begun:
-        raise JobError(f"no retry is under way in {job.output_folder}")
+        raise JobError(f"no retry is under way in {job.results}")
     prepared = await aside(prepare, job, base_url, table)
     shape = await aside(agree_again, ledger, retrial.base, prepared)
-    before = _summary(job.output_folder)
+    before = _summary(job.results)
     if not retrial.begun:
-        finished = _finished(job.output_folder, before, ledger)
+        finished = _finished(job.results, before, ledger)
         if not await aside(_begin, retrial, shape):
             return finished
     feed = partial(_Again, abandon, before.selected if before else None)
     return await live(prepared, ledger, shape, feed, transport, watch, signals)
 
 
-def _summary(output: Path) -> Summary | None:
+def _summary(results: Results) -> Summary | None:
     """What the last run left, if it came to its end."""
     try:
-        return msgspec.json.decode((output / "summary.json").read_bytes(), type=Summary)
-    except (OSError, msgspec.MsgspecError):
+        return msgspec.json.decode(results.read("summary.json") or b"", type=Summary)
+    except msgspec.MsgspecError:
         return None
 
 
-def _finished(output: Path, summary: Summary | None, ledger: Ledger) -> Summary:
+def _finished(results: Results, summary: Summary | None, ledger: Ledger) -> Summary:
     """The summary of an output in which nothing is pending."""
     if summary is None or (summary.pending == 0 and ledger.pending(UNIT)):
-        raise JobError(f"{output}: the last run did not come to its end: run the job to its end first")
+        raise JobError(f"{results}: the last run did not come to its end: run the job to its end first")
     if summary.pending != 0:
         rows = "rows" if summary.pending is None else f"{summary.pending:,} rows"
-        raise JobError(f"{output}: {rows} are pending: run the job to its end first")
+        raise JobError(f"{results}: {rows} are pending: run the job to its end first")
     return summary
 
 
@@ -127,8 +133,8 @@ def _finished(output: Path, summary: Summary | None, ledger: Ledger) -> Summary:
 def _begin(retrial: Retrial, shape: Shape) -> int:
     """Choose the rows and note them, before anything is sent; how many there are."""
     holds = None if retrial.where is None else _condition(retrial.where, shape)
-    output, parts = retrial.job.output_folder, retrial.ledger.parts(UNIT)
-    chosen = (pair for record in parts.values() for pair in _chosen(output, record, holds))
+    results, parts = retrial.job.results, retrial.ledger.parts(UNIT)
+    chosen = (pair for record in parts.values() for pair in _chosen(results, record, holds))
     begun = Retried(started_at=_now(), where=retrial.where, settings=retrial.settings)
     return retrial.ledger.begin_retry(begun, UNIT, chosen)
 
@@ -155,7 +161,7 @@ def _condition(sql: str, shape: Shape) -> _Holds:
     return _Holds(Condition(sql, schema, "--where"), schema)
 
 
-def _chosen(output: Path, record: PartRecord, holds: _Holds | None) -> Iterator[tuple[int, Former]]:
+def _chosen(results: Results, record: PartRecord, holds: _Holds | None) -> Iterator[tuple[int, Former]]:
     """The rows of a part that are to be asked again: its failures, or those for which a condition holds."""
     needed = {"row", *_FORMER, *(holds.condition.columns if holds else ())}
     for file in record.files:
@@ -163,7 +169,10 @@ def _chosen(output: Path, record: PartRecord, holds: _Holds | None) -> Iterator[
         if folder == "attempts" or (folder == "responses" and holds is None):
             continue
         try:
-            with pq.ParquetFile(output / file.name, pre_buffer=False, page_checksum_verification=True) as parquet:
+            with (
+                results.local(file.name) as path,
+                pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as parquet,
+            ):
                 columns = [name for name in parquet.schema_arrow.names if name in needed]
                 for batch in parquet.iter_batches(columns=columns):
                     found = batch if holds is None else batch.filter(holds.mask(batch))
@@ -172,7 +181,7 @@ def _chosen(output: Path, record: PartRecord, holds: _Holds | None) -> Iterator[
                         yield row, Former(folder == "responses", *former)
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
-            raise StorageError(f"{output / file.name}: cannot be read ({reason}); restore it") from None
+            raise StorageError(f"{results}/{file.name}: cannot be read ({reason}); restore it") from None
 
 
 def _plain(column: pa.Array) -> list[Any]:
@@ -225,9 +234,10 @@ class _Again(Feed):
         self._waiting, left = self._ledger.parts_again(UNIT, self._size)
         self._asked = begun.rows
         self._counts.resume(begun.answered, begun.rows - left - begun.answered)
+        there = self._prepared.job.results.parts()
         for part in self._waiting:
             start, record = part * self._size, self._parts[part]
-            self._find(start, record)
+            self._find(start, record, there)
             progress = self._ledger.progress(UNIT, start, record.stop)
             if progress.done or progress.tried:
                 self._progress[part] = progress

@@ -1,7 +1,7 @@
 """The rows that are left, read in order, turned into requests and offered as fast as they are taken."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping
 from datetime import UTC, datetime
 
 import msgspec
@@ -79,9 +79,10 @@ class Feed:
         Raises StorageError when a file is gone whose rows the ledger no longer has.
         """
         self._parts = self._ledger.parts(UNIT)
+        there = self._prepared.job.results.parts() if self._parts else set()
         for part, record in self._parts.items():
             start = part * self._size
-            self._find(start, record)
+            self._find(start, record, there)
             progress = self._ledger.progress(UNIT, start, start + self._size)
             if progress.done or progress.tried:
                 self._progress[part] = progress
@@ -96,20 +97,15 @@ class Feed:
             self._look_beyond()
         return self._counts.answered_rows > 0
 
-    def _find(self, start: int, record: PartRecord) -> None:
+    def _find(self, start: int, record: PartRecord, there: Container[str]) -> None:
         """See that a part is there, and learn where its rows stand in the input."""
         if record.place is not None:
             self._source.places[start] = Place(*record.place)
-        if record.settled > start:
-            self._check_files(record)
-
-    def _check_files(self, record: PartRecord) -> None:
-        folder = self._prepared.job.output_folder
-        for file in record.files:
+        for file in record.files if record.settled > start else ():
             # Its size tells nothing: a run may have been killed between placing a newer self and noting it.
-            if not (folder / file.name).exists():
+            if file.name not in there:
                 raise StorageError(
-                    f"{folder / file.name} is gone, and its rows are nowhere else\n"
+                    f"{self._prepared.job.results}/{file.name} is gone, and its rows are nowhere else\n"
                     "put it back, or start anew with another output and ledger"
                 )
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,10 +18,13 @@ from batcher.parse import AnswerSchema, format_schema
 from batcher.prompt import Composer
 from batcher.sink import FILLABLE, Shape
 from batcher.source import FileIdentity, Source, changed, open_source, open_table
+from batcher.store import Results
 from batcher.where import Condition
 
 _SOLE_EXPRESSION = re.compile(r"\{\{((?!\}\}).)*\}\}", re.DOTALL)
 """A text that may be one expression and keep its type: a list of prompts."""
+_OWNER, _NAME = ".ledger", "name"
+"""The object that says which ledger's results lie in a store, and what that ledger keeps the same word under."""
 
 
 class Prepared(NamedTuple):
@@ -75,14 +79,45 @@ def _source(job: Job, table: object) -> Source:
         return open_table(table)
     if given.path is None:
         raise JobError(f"{job.origin}: input.path is missing; only batcher.run(job, input=table) can do without")
-    known: list[FileIdentity] = []
-    if job.ledger_path.exists():
-        with open_read_only(job.ledger_path) as ledger:
-            if ledger.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
-                found = ledger.execute("SELECT value FROM meta WHERE key = 'input'").fetchone()
-                known = msgspec.json.decode(found[0] if found else b"[]", type=list[FileIdentity])
+    known = msgspec.json.decode(_known(job, "input") or b"[]", type=list[FileIdentity])
     names = [identity.name for identity in known]
     return open_source(given.path, job.folder, given.format, job.output.rows_per_part, names)
+
+
+def _known(job: Job, key: str) -> bytes | None:
+    """What the job's ledger, if there is one, keeps under this key; it is left as it is."""
+    if not job.ledger_path.exists():
+        return None
+    with open_read_only(job.ledger_path) as ledger:
+        if not ledger.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+            return None
+        found = ledger.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return found[0] if found else None
+
+
+def not_ours(job: Job) -> str | None:
+    """Why the results that lie in the job's place are not its ledger's, None where they are or there are none."""
+    results, ledger = job.results, job.ledger_path
+    owner = None if results.folder is not None else results.read(_OWNER)
+    if owner is not None and owner != _known(job, _NAME):
+        return f"{results} belongs to another ledger than {ledger}, on this or another machine"
+    if owner is None and not ledger.exists() and any(name.endswith(".parquet") for name in results.parts()):
+        return f"{results} holds parts, but their ledger {ledger} is gone"
+    return None
+
+
+def claim(ledger: Ledger, results: Results) -> None:
+    """Note in a store whose results lie there: a folder needs no note, it is locked."""
+    if results.folder is not None:
+        return
+    name = ledger.meta(_NAME)
+    if name is None:
+        name = secrets.token_hex(16).encode()
+        ledger.set_meta({_NAME: name})
+    if results.read(_OWNER) is None:
+        results.write(_OWNER, name)
+    if results.read(_OWNER) != name:
+        raise JobError(f"{results} was taken by another run just now; name another output")
 
 
 def _parser(template: RequestTemplate, origin: str) -> AnswerSchema | None:
@@ -149,7 +184,7 @@ def _same_job(begun: bytes, job: Job) -> None:
     meaning = msgspec.json.decode(msgspec.json.encode(job.meaning()))
     if different := list(differences(msgspec.json.decode(begun), meaning)):
         raise JobError(
-            f"{job.origin}: {job.output_folder} was begun with another job: {'; '.join(different)}\n"
+            f"{job.origin}: {job.results} was begun with another job: {'; '.join(different)}\n"
             "put it back, or name another output"
         )
 

@@ -61,7 +61,7 @@ class Press:
         self._prepared = prepared
         self._ledger = ledger
         self._end = end
-        self._sink = Sink(job.output_folder, shape, self._read, prepared.price)
+        self._sink = Sink(job.results, shape, self._read, prepared.price)
         self._sink.prepare()
         self._size = job.output.rows_per_part
         self._columns = shape.kept.names

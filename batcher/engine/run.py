@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import os
 import resource
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -20,19 +19,20 @@ from batcher import models
 from batcher.engine.attempt import BACKLOG_BYTES, Attempts
 from batcher.engine.counts import Counts
 from batcher.engine.feed import Feed
-from batcher.engine.prepared import Prepared, agree, prepare
+from batcher.engine.prepared import Prepared, agree, claim, not_ours, prepare
 from batcher.engine.publish import Press
 from batcher.engine.threads import abandonable, aside
 from batcher.engine.timeline import Timeline
 from batcher.engine.turns import Turns
 from batcher.errors import BatcherError, InterruptedRunError, JobError, PausedError, ServiceError, StorageError
 from batcher.job import Job
-from batcher.ledger import Ledger, Lock
+from batcher.ledger import Ledger, Lock, lock_beside
 from batcher.parameters import is_template
 from batcher.records import UNIT, Attempt, Outcome, Snapshot, Summary, Totals
 from batcher.retry import Guard
 from batcher.schedule import Dispatcher, Pace
 from batcher.sink import Shape
+from batcher.store import Results
 from batcher.transport import HttpTransport, Transport
 
 DRAIN = 30.0
@@ -67,20 +67,20 @@ async def run(
     `signals` the first SIGINT, SIGTERM or SIGHUP drains and the second stops. Raises the errors of batcher.errors.
     """
     prepared = await aside(prepare, job, base_url, table)
-    with exclusively(job.output_folder, job.ledger_path):
-        if not job.ledger_path.exists() and any((job.output_folder / "responses").glob("*.parquet")):
-            raise JobError(
-                f"{job.output_folder} holds parts, but their ledger {job.ledger_path} is gone; name another output"
-            )
+    results = job.results
+    with exclusively(results, job.ledger_path):
+        if refusal := await aside(not_ours, job):
+            raise JobError(f"{refusal}\nput it back, or name another output")
         ledger = Ledger(job.ledger_path)
         if (retries := ledger.retries()) and retries[-1].finished_at is None:
             raise JobError(
-                f"a retry of {retries[-1].rows:,} rows is under way in {job.output_folder}\n"
-                f"batcher retry {job.output_folder} goes on with it; with --abandon it leaves the rest as it is"
+                f"a retry of {retries[-1].rows:,} rows is under way in {results}\n"
+                f"batcher retry {results} goes on with it; with --abandon it leaves the rest as it is"
             )
         shape = await aside(agree, ledger, prepared)
         origin = b"" if table is None else b"# The rows came from Python: batcher.run(job, input=table)\n"
-        _write_whole(job.output_folder / "job.toml", origin + job.document())
+        await aside(claim, ledger, results)
+        await aside(results.write, "job.toml", origin + job.document())
         return await live(prepared, ledger, shape, Feed, transport, watch, signals)
 
 
@@ -114,19 +114,20 @@ async def live(
 
 
 @contextmanager
-def exclusively(output: Path, ledger: Path) -> Iterator[None]:
+def exclusively(results: Results, ledger: Path) -> Iterator[None]:
     """Keep other runs away from an output and its ledger. Raises OutputInUseError."""
     with ExitStack() as stack:
-        if ledger.parent != output:
+        if ledger.parent != results.folder:
             _make(ledger.parent)
-            beside = ledger.with_name(ledger.name + ".lock")
+            beside = lock_beside(ledger)
             try:
                 beside.open("ab").close()  # never a new file in its place: who holds the former one would hold nothing
             except OSError as error:
                 raise StorageError.of(beside, error) from None
             stack.enter_context(Lock(beside))
-        _make(output)
-        stack.enter_context(Lock(output))
+        if results.folder is not None:
+            _make(results.folder)
+            stack.enter_context(Lock(results.folder))
         yield
 
 
@@ -202,7 +203,7 @@ class _Run:
                 rooms.cancel_scope.cancel()
         finally:
             self._ledger.give_up()
-        return self._conclude()
+        return await self._conclude()
 
     async def _check_models(self) -> None:
         """Before the first request: end the run where the service has no such model. Input is read meanwhile."""
@@ -370,7 +371,7 @@ class _Run:
             phase=self._phase,
         )
 
-    def _conclude(self) -> Summary:
+    async def _conclude(self) -> Summary:
         """Write the summary; raise what ended the run, if it was not its end."""
         totals = Totals()
         for record in self._ledger.parts(UNIT).values():
@@ -401,10 +402,10 @@ class _Run:
         if not self._hasty:
             text = msgspec.json.format(msgspec.json.encode(summary), indent=2)
             try:
-                _write_whole(self._prepared.job.output_folder / "summary.json", text)
+                await aside(self._prepared.job.results.write, "summary.json", text)
                 if self._ending is None:
                     self._ledger.end_retry(finished_at)  # last: whatever fails before, the same command goes on with it
-                self._press.finish()
+                await aside(self._press.finish)
             except StorageError as error:
                 self._ending = self._ending or error
         self._tick()
@@ -449,18 +450,3 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError.of(folder, error) from None
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise StorageError.of(path, error) from None

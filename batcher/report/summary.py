@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
-from pathlib import Path
 
 from batcher.records import Summary
 from batcher.report.text import count, duration, money, printable
@@ -12,8 +11,8 @@ _LOOKED_AT = 100_000
 """Failures that are looked at for the most common ones: it bounds the memory."""
 
 
-def render(summary: Summary, output: Path) -> str:
-    """The summary in aligned lines. `output` is the output's folder as the reader should type it."""
+def render(summary: Summary, output: str) -> str:
+    """The summary in aligned lines. `output` is the output's folder or URI as the reader should type it."""
     totals = summary.totals
     failed = count(totals.failed)
     if totals.failure_kinds:
@@ -39,12 +38,12 @@ def render(summary: Summary, output: Path) -> str:
     ]
     if totals.answered:
         lines += [
-            ("answers", str(output / "responses")),
-            ("pandas", f"pandas.read_parquet({str(output / 'responses')!r})"),
-            ("DuckDB", f'duckdb -c "select * from {_literal(output)} limit 5"'),
+            ("answers", f"{output}/responses"),
+            ("pandas", f"pandas.read_parquet({f'{output}/responses'!r})"),
+            ("DuckDB", _duckdb(output)),
         ]
     if totals.failed:
-        lines.append(("failures", str(output / "failures")))
+        lines.append(("failures", f"{output}/failures"))
     table = [f"  {name:<10}{printable(text)}".rstrip() for name, text in lines if text or not name]
     return "\n".join([printable(f"{summary.name}: {summary.state}"), *table])
 
@@ -67,9 +66,19 @@ def _rate(summary: Summary) -> str:
     return count(summary.requests / summary.seconds) if summary.seconds > 0 else "0"
 
 
-def _literal(output: Path) -> str:
+def _duckdb(output: str) -> str:
+    """The command that shows the first answers; empty for stores that DuckDB does not know."""
+    scheme = output.partition("://")[0] if "://" in output else ""
+    if scheme not in ("", "s3", "gs", "gcs", "hf"):
+        return ""
+    # In S3 it looks for keys where the other tools do only when it is told to.
+    secret = "create secret (type s3, provider credential_chain); " * (scheme == "s3")
+    return f'duckdb -c "{secret}select * from {_literal(output)} limit 5"'
+
+
+def _literal(output: str) -> str:
     """The parts as an SQL text inside a shell's double quotes."""
-    text = str(output / "responses" / "*.parquet").replace("'", "''")
+    text = f"{output}/responses/*.parquet".replace("'", "''")
     for character in '\\"$`':
         text = text.replace(character, "\\" + character)
     return f"'{text}'"

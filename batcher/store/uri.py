@@ -1,4 +1,4 @@
-"""Where files lie: on this machine, or in an object store behind a URI."""
+"""Files behind a URI: which file system speaks its scheme, and what goes wrong with it in one line."""
 
 import re
 from collections.abc import Iterator
@@ -11,13 +11,27 @@ from pyarrow import fs
 from batcher.errors import JobError
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_NATIVE = ("s3", "gs", "gcs")
+NATIVE = ("s3", "gs", "gcs")
 """Spoken by Arrow itself; any other scheme is fsspec's, where its package is installed."""
 
 
 def is_remote(path: str) -> bool:
     """Whether a path is a URI, not a place on this machine."""
     return _URI.match(path) is not None
+
+
+def unfit(uri: str) -> str | None:
+    """Why results cannot go to a URI, in words that hold no secret; None where nothing speaks against it."""
+    scheme, _, rest = uri.partition("://")
+    if "@" in rest.split("/")[0]:
+        return "keys do not belong into a path; set them in the environment"
+    if "?" in rest or "#" in rest:
+        return f"{scheme}:// paths hold no ? and no #; settings of the store come from the environment"
+    if scheme.lower() in ("file", "local"):
+        return "a folder on this machine is named without a scheme"
+    if not rest.strip("/") or (scheme.lower() in NATIVE and rest.startswith("/")):
+        return f"{scheme}://BUCKET/PREFIX, please"
+    return None
 
 
 def connect(uri: str) -> tuple[fs.FileSystem, str]:
@@ -30,8 +44,10 @@ def connect(uri: str) -> tuple[fs.FileSystem, str]:
         raise JobError(f"{parts.scheme}:// path: keys do not belong into a path; set them in the environment")
     scheme = parts.scheme.lower()
     try:
-        if scheme in _NATIVE:
-            native: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri)
+        if scheme in NATIVE:
+            # Small objects are put by one request then; only what is written is concerned.
+            query = "?allow_delayed_open=true" * (scheme == "s3")
+            native: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri + query)
             return native
         import fsspec
         from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -39,7 +55,7 @@ def connect(uri: str) -> tuple[fs.FileSystem, str]:
         system, path = fsspec.core.url_to_fs(uri)
         return PyFileSystem(FSSpecHandler(system)), path
     except ImportError:
-        known = ", ".join(f"{name}://" for name in _NATIVE)
+        known = ", ".join(f"{name}://" for name in NATIVE)
         raise JobError(f"{uri}: spoken here are {known}; for {scheme}:// install its fsspec package") from None
     except (OSError, ValueError, pa.ArrowException) as error:
         raise JobError(f"{uri}: {reason(error)}") from None
