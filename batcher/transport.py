@@ -110,7 +110,7 @@ class HttpTransport:
         self._read: set[str] = set()  # how bodies were packed that the service has answered
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, socket_factory=_open_socket),
-            headers=_checked({**_HEADERS, **dialect.headers}, {**headers, hdrs.CONTENT_TYPE: CONTENT_TYPES[encoding]}),
+            headers=_checked({**_HEADERS, **dialect.headers}, headers, CONTENT_TYPES[encoding]),
             cookie_jar=aiohttp.DummyCookieJar(),
             # No limit on silence: a service that thinks for minutes is silent, too.
             timeout=aiohttp.ClientTimeout(
@@ -154,7 +154,7 @@ class HttpTransport:
             status = response.status
             if status != 200:
                 answer = await self._start(response)
-            elif "event-stream" not in response.headers.get(hdrs.CONTENT_TYPE, ""):
+            elif "event-stream" not in response.headers.get(hdrs.CONTENT_TYPE, "").lower():
                 answer = await self._whole(response)
             else:
                 events = _Events()
@@ -325,7 +325,6 @@ _GZIPPED: Final[Mapping[str, str]] = {hdrs.CONTENT_ENCODING: "gzip"}
 _HEADERS: Final[Mapping[str, str]] = {
     "Accept": "application/json",
     "Accept-Encoding": "gzip",
-    "Content-Type": "application/json",
     "User-Agent": "batcher",
 }
 
@@ -442,10 +441,11 @@ def _address(url: str) -> URL:
     return address
 
 
-def _checked(common: Mapping[str, str], own: Mapping[str, str]) -> CIMultiDict[str]:
+def _checked(common: Mapping[str, str], own: Mapping[str, str], content_type: str) -> CIMultiDict[str]:
     """One set of headers, `own` before `common`; what a service would never receive is refused."""
     headers = CIMultiDict(common)
     headers.update(own)
+    headers[hdrs.CONTENT_TYPE] = content_type
     for name, value in headers.items():
         if not _HEADER_NAME.fullmatch(name) or _HEADER_FORBIDDEN.search(value):
             raise JobError(f"the header {name!r} holds a character that HTTP does not allow, a line break perhaps")

@@ -1036,7 +1036,7 @@ def test_bodies_travel_as_the_job_says(encoding: str, compression: str, request_
 
     async def run() -> bytes:
         async with serving(saying(answer())) as server:
-            headers = {"Content-Type": "text/plain"}
+            headers = {"content-type": "text/plain"}
             async with transport_to(
                 server.url(), headers=headers, encoding=encoding, compression=compression
             ) as transport:
