@@ -15,6 +15,9 @@ _SECRET = re.compile(r"auth|key|token|secret|cookie|session|password", re.IGNORE
 """Names of headers whose values are cut out of everything that comes back."""
 
 
+_OF_THE_BODY = {"content-type", "content-encoding", "content-length", "transfer-encoding"}
+
+
 class Access(NamedTuple):
     """The way to a service; nothing was sent."""
 
@@ -30,10 +33,10 @@ class Access(NamedTuple):
     """Values that must never be written or printed."""
 
 
-def access(service: Service, origin: str, base_url: str | None = None) -> Access:
+def access(service: Service, origin: str, base_url: str | None = None, queue_threshold: float | None = None) -> Access:
     """Find what a service is asked with; `base_url` stands in for its own. JobError where a key or header is missing.
 
-    `origin` is what messages begin with: the job file's name.
+    `origin` is what messages begin with: the job file's name. `queue_threshold` is in seconds.
     """
     base_url = (base_url or service.base_url).rstrip("/")
     local = service.base_url == SIMULATOR
@@ -42,7 +45,17 @@ def access(service: Service, origin: str, base_url: str | None = None) -> Access
     if key_env is None and not local and dialects.at_home(dialect, base_url):
         key_env = dialect.api_key_env
     extra = _extra_headers(service.headers_env, origin)
-    headers = {"Content-Type": CONTENT_TYPES[service.encoding], **dialect.headers, **extra}
+    given = {field.lower() for field in extra}
+    if "authorization" in given and key_env is not None:
+        raise JobError(f"{origin}: service.headers_env: Authorization is made of {key_env}; take it out, or the key")
+    own = {**dialect.headers, **({"Authorization": "Bearer simulator"} if local and key_env is None else {})}
+    if queue_threshold is not None:
+        own["queue_threshold"] = str(round(queue_threshold * 1000))
+    headers = {
+        "Content-Type": CONTENT_TYPES[service.encoding],
+        **{field: value for field, value in own.items() if field.lower() not in given},
+        **extra,
+    }
     secrets = tuple(
         word for field, value in extra.items() if _SECRET.search(field) for word in {value, *value.split()[-1:]}
     )
@@ -50,8 +63,6 @@ def access(service: Service, origin: str, base_url: str | None = None) -> Access
         key = _key(key_env, origin)
         headers["Authorization"] = f"Bearer {key}"
         secrets += (key,)
-    elif local:
-        headers["Authorization"] = "Bearer simulator"
     return Access(base_url, dialect, headers, key_env, tuple(extra), secrets)
 
 
@@ -71,4 +82,7 @@ def _extra_headers(name: str | None, origin: str) -> dict[str, str]:
     pairs = [line.partition(":") for line in lines if line.strip()]
     if not pairs or any(not field.strip() or not colon for field, colon, _ in pairs):
         raise JobError(f"{origin}: service.headers_env: {name} should hold lines of the form Name: value")
-    return {field.strip(): value.strip() for field, _, value in pairs}
+    headers = {field.strip(): value.strip() for field, _, value in pairs}
+    if body := next((field for field in headers if field.lower() in _OF_THE_BODY), None):
+        raise JobError(f"{origin}: service.headers_env: {name} holds {body}, which is set by how a body is sent")
+    return headers

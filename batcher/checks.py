@@ -43,7 +43,7 @@ def place_of(error: msgspec.ValidationError) -> str:
 
 def allowed(kind: Any, error: msgspec.ValidationError) -> str:
     """What a value may be, in words; inside of it, what msgspec says."""
-    if re.search(r"\[[^\]]*\]", place_of(error)) or "missing required" in str(error):
+    if re.search(r"\[[^\]]*\]", place_of(error)) or re.search("missing required|at `key`", str(error)):
         return _inside(error)
     return " or ".join(_words(kind, {}))
 

@@ -32,6 +32,8 @@ class Images:
             raise ValueError(f"data_uri: {shown} is not below the folder of the job or of its input")
         try:
             content = _content(place)
+        except IsADirectoryError:
+            raise ValueError(f"data_uri: {shown}: no file") from None
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise ValueError(f"data_uri: {shown}: {reason}") from None

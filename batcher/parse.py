@@ -70,12 +70,6 @@ class AnswerSchema:
     def _complaint(self, reason: str) -> str:
         return _line(f"schema {self._name} cannot be used: {reason}")
 
-    @property
-    def request_format(self) -> dict[str, object]:
-        """The API's own `response_format` object for this schema, strict."""
-        name = re.sub(r"[^a-zA-Z0-9_-]+", "_", self._name)[:64] or "answer"
-        return {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": self._schema}}
-
     def read(self, text: str | None) -> dict[str, object] | Misfit:
         """The answer in `text`, in the form that `column` takes, or why it is none. Raises nothing."""
         if text is None:

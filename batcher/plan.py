@@ -1,6 +1,6 @@
 """What a job would send, cost and take, found out without sending anything."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from batcher.engine import LOOKED_AT, Prepared, Selection, first_rows, not_ours,
 from batcher.job import SIMULATOR, Job, Schedule, differences
 from batcher.ledger import done_rows, open_read_only, parts_of
 from batcher.payload import pack
-from batcher.records import PATHS, UNIT, Failure, Request
+from batcher.records import PATHS, UNIT, Failure, Request, Row
 from batcher.report import count, duration, money, printable
 from batcher.source import FileIdentity, changed
 
@@ -52,6 +52,8 @@ class Plan:
     binds: str
     """What the time is bound by."""
     output: str
+    schema: str | None
+    """What is to be known of how the schema is sent."""
     refusal: str | None
     """Why the output cannot be gone on with."""
 
@@ -64,7 +66,7 @@ def plan(job: Job) -> Plan:
     rows = selection.size
     done, refusal = _earlier(prepared, selection)
     looked = first_rows(prepared, selection, LOOKED_AT)
-    sample = [prepared.composer.compose(row) for row in looked]
+    sample = list(_composed(prepared, looked))
     refuse_unserved(prepared, looked)
     requests = [request for request in sample if isinstance(request, Request)]
     unsendable = tuple(
@@ -96,6 +98,7 @@ def plan(job: Job) -> Plan:
         seconds=seconds,
         binds=binds,
         output=str(job.results),
+        schema=prepared.schema_note,
         refusal=refusal,
     )
 
@@ -135,9 +138,23 @@ def render(plan: Plan) -> str:
         position, why = plan.unsendable[0]
         share = f"{count(len(plan.unsendable))} of {sample} cannot become requests, the first is row {position}: {why}"
         lines.insert(1, ("unsendable", share))
+    if plan.schema:
+        lines.append(("schema", plan.schema))
     if plan.refusal:
         lines.append(("refused", plan.refusal))
     return "\n".join([*request, "", *(printable(f"{name:<11}{text}") for name, text in lines)])
+
+
+def _composed(prepared: Prepared, rows: Sequence[Row]) -> Iterator[Request | Failure]:
+    """What becomes of the rows; only the first request keeps its body, for with images these are large."""
+    first = True
+    for row in rows:
+        made = prepared.composer.compose(row)
+        if isinstance(made, Request):
+            yield made if first else msgspec.structs.replace(made, body=b"")
+            first = False
+        else:
+            yield made
 
 
 def _headers(prepared: Prepared, body: bytes) -> dict[str, str]:

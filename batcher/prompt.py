@@ -58,9 +58,9 @@ class Composer:
     ) -> None:
         self._endpoint = template.endpoint
         self._tier = tier
-        self._environment = _Environment()
-        self._environment.filters["data_uri"] = Images(folders).data_uri
-        self._bare = _Environment()
+        images = Images(folders)
+        self._environment = _Environment(images)
+        self._bare = _Environment(images)
         self._bare.globals.clear()
         self.reads_files = False
         """Whether composing reads files, which does not belong on an event loop."""
@@ -444,10 +444,11 @@ def _to_json(value: object, indent: int | None = None) -> str:
 class _Environment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox; undefined names are errors, and so is printing a null, also one inside a column."""
 
-    def __init__(self) -> None:
+    def __init__(self, images: Images) -> None:
         super().__init__(undefined=_Unknown, keep_trailing_newline=True, finalize=_printed)
         self.tests["none"] = lambda value: value is None or isinstance(value, _Null)
         self.filters["tojson"] = _to_json
+        self.filters["data_uri"] = images.data_uri
         # One row makes one request, however often it is composed.
         del self.filters["random"], self.globals["lipsum"]
 

@@ -15,7 +15,8 @@ FLOORS = (
     {"parameters", "records"},
     {"store"},
     {"job"},
-    {"dialects", "ledger", "parse", "prompt", "report", "retry", "schedule", "schema", "sink", "source", "where"},
+    {"dialects", "ledger", "parse", "prompt", "report", "retry", "schedule", "schema", "sink", "source"}
+    | {"strict", "where"},
     {"access", "transport"},
     {"models"},
     {"engine", "export", "init", "verify"},

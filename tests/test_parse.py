@@ -586,23 +586,10 @@ def test_schema_nested_too_deeply() -> None:
 # The API's own object, and files.
 
 
-def test_request_format() -> None:
-    """The schema is sent as the API's own object, strict, under a name that the API accepts."""
-    schema = {"type": "object", "properties": {"a": STRING}}
-    given_name = "my schema: ü/" + "x" * 80
-    assert AnswerSchema(schema, given_name).request_format == {
-        "type": "json_schema",
-        "json_schema": {"name": "my_schema_" + "x" * 54, "strict": True, "schema": schema},
-    }
-    wrapper = AnswerSchema(schema, "").request_format["json_schema"]
-    assert isinstance(wrapper, dict)
-    assert wrapper["name"] == "answer"
-
-
 def test_format_schema() -> None:
     """The schema is found in the API's own object, and there only."""
     schema = {"type": "object", "properties": {"a": STRING}}
-    assert format_schema(AnswerSchema(schema, "a").request_format) == schema
+    assert format_schema({"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}) == schema
     assert format_schema({"type": "text"}) is None
     assert format_schema({"type": "json_object"}) is None
     assert format_schema({"type": "json_schema", "json_schema": {"name": "a"}}) is None

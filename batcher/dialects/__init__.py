@@ -31,6 +31,10 @@ class Dialect(Protocol):
         """Headers that go with every request."""
 
     @property
+    def strict_subset(self) -> bool:
+        """Whether its strict mode takes a part of JSON Schema only, so that schemas are made to fit it."""
+
+    @property
     def prices(self) -> Mapping[str, Price]:
         """List prices by model, as of `PRICES_AS_OF`."""
 

@@ -3,10 +3,21 @@
 from collections.abc import Mapping
 
 from batcher.dialects import openai
-from batcher.dialects.openai import headers, prices, read
+from batcher.dialects.openai import catalogue, headers, prices, read, strict_subset
 from batcher.records import Failure, Limit, Reply
 
-__all__ = ["api_key_env", "headers", "home", "limits", "name", "prices", "read", "refusal"]
+__all__ = [
+    "api_key_env",
+    "catalogue",
+    "headers",
+    "home",
+    "limits",
+    "name",
+    "prices",
+    "read",
+    "refusal",
+    "strict_subset",
+]
 
 name = "groq"
 api_key_env = "GROQ_API_KEY"

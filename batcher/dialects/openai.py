@@ -33,6 +33,7 @@ api_key_env = "OPENAI_API_KEY"
 home = ("openai.com",)
 headers: Mapping[str, str] = {}
 catalogue: str | None = None
+strict_subset = False  # what servers of this kind take differs from nearly all to very little
 prices: Mapping[str, Price] = {}
 
 

@@ -275,10 +275,7 @@ class _Again(Feed):
         async for batch in reader.until(max(wanted, default=rows.start - 1) + 1):
             left = [row for row in batch if row.position in wanted]
             opened.left += len(left)
-            self._dispatcher.offer([turn for row in left if (turn := self._turn(row, tried)) is not None])
-            self._turns.wake()
-            await self._turns.hungry()
-            if self._turns.closed:
+            if not await self._offer(left, tried):
                 return False
         opened.fed = True
         self._press.publish_if_complete(opened)

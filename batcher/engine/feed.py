@@ -1,7 +1,7 @@
 """The rows that are left, read in order, turned into requests and offered as fast as they are taken."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -16,9 +16,13 @@ from batcher.engine.threads import abandonable, aside
 from batcher.engine.turns import Turns
 from batcher.errors import StorageError
 from batcher.ledger import Ledger, Progress
-from batcher.records import UNIT, Attempt, Failure, Kind, Outcome, PartRecord, Row, Turn
+from batcher.prompt import Composer
+from batcher.records import UNIT, Attempt, Failure, Kind, Outcome, PartRecord, Request, Row, Turn
 from batcher.schedule import Dispatcher
 from batcher.source import Place
+
+_IMAGES_AT_ONCE = 8
+"""Rows whose images are read before they are offered: up to 80 MiB."""
 
 
 class Feed:
@@ -218,10 +222,7 @@ class Feed:
             seen = batch[-1].position + 1
             left = batch if some == bits.first(len(batch)) else [batch[index] for index in bits.rows(some)]
             opened.left += len(left)
-            self._dispatcher.offer([turn for row in left if (turn := self._turn(row, progress.tried)) is not None])
-            self._turns.wake()
-            await self._turns.hungry()
-            if self._turns.closed:
+            if not await self._offer(left, progress.tried):
                 return False
         opened.rows = range(rows.start, seen)
         opened.fed = True
@@ -238,9 +239,26 @@ class Feed:
         known = self._parts.get(part) or PartRecord(stop=rows.stop, settled=rows.start)
         self._ledger.open_part(UNIT, part, msgspec.structs.replace(known, place=self._source.places.get(rows.start)))
 
-    def _turn(self, row: Row, tried: Mapping[int, tuple[int, dict[Kind, int]]]) -> Turn | None:
+    async def _offer(self, rows: Sequence[Row], tried: Mapping[int, tuple[int, dict[Kind, int]]]) -> bool:
+        """Offer these rows and return when more are wanted; false when the run ended."""
+        composer = self._prepared.composer
+        size = _IMAGES_AT_ONCE if composer.reads_files else max(1, len(rows))
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            made = await aside(_composed, composer, some) if composer.reads_files else _composed(composer, some)
+            pairs = zip(some, made, strict=True)
+            turns = [turn for row, request in pairs if (turn := self._turn(row, request, tried)) is not None]
+            self._dispatcher.offer(turns)
+            self._turns.wake()
+            await self._turns.hungry(sum([len(turn.request.body) for turn in turns]) // max(1, len(turns)))
+            if self._turns.closed:
+                return False
+        return not self._turns.closed
+
+    def _turn(
+        self, row: Row, request: Request | Failure, tried: Mapping[int, tuple[int, dict[Kind, int]]]
+    ) -> Turn | None:
         """A row's request with what is known of earlier attempts; a row that cannot be one has failed."""
-        request = self._prepared.composer.compose(row, UNIT)
         if isinstance(request, Failure):
             self._ledger.record(_never_sent(row.position, request))
             return None
@@ -270,6 +288,10 @@ class Reader:
 
     def _next(self) -> list[Row]:
         return next(self._batches, [])
+
+
+def _composed(composer: Composer, rows: Sequence[Row]) -> list[Request | Failure]:
+    return [composer.compose(row, UNIT) for row in rows]
 
 
 def _never_sent(row: int, failure: Failure) -> Attempt:

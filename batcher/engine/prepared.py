@@ -3,13 +3,15 @@
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import pyarrow as pa
 
 from batcher.access import Access, access
+from batcher.dialects import Dialect
 from batcher.dialects.prices import cost
 from batcher.errors import JobError
 from batcher.job import Job, RequestTemplate, differences
@@ -18,7 +20,8 @@ from batcher.parse import AnswerSchema, format_schema
 from batcher.prompt import Composer
 from batcher.sink import FILLABLE, Shape
 from batcher.source import FileIdentity, Source, changed, open_source, open_table
-from batcher.store import Results
+from batcher.store import Results, is_remote
+from batcher.strict import doubts, response_format
 from batcher.where import Condition
 
 _SOLE_EXPRESSION = re.compile(r"\{\{((?!\}\}).)*\}\}", re.DOTALL)
@@ -37,6 +40,8 @@ class Prepared(NamedTuple):
     parser: AnswerSchema | None
     access: Access
     keep: tuple[str, ...]
+    schema_note: str | None
+    """What the job's author should know of how the schema is sent."""
 
     def price(self, model: str, prompt: int, cached: int, completion: int, tier: str | None) -> float | None:
         """USD of these tokens in a tier, None where the model's price is not known."""
@@ -50,10 +55,11 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
     `base_url` stands in for the job's, `table` are the rows where the job names no files.
     """
     origin = job.origin
-    way = access(job.service, origin, base_url)
+    way = access(job.service, origin, base_url, job.schedule.queue_threshold)
     template = job.request
     parser = _parser(template, origin)
-    composer = Composer(template, parser.request_format if template.schema is not None and parser else None, origin)
+    form, note = _format(template, way.dialect)
+    composer = Composer(template, form, origin, job.schedule.service_tier, (job.folder, *_input_folders(job)))
     source = _source(job, table)
     known = ", ".join(source.columns)
     if missing := sorted(composer.names - set(source.columns)):
@@ -66,7 +72,7 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
     condition = None
     if job.input.where is not None:
         condition = Condition(job.input.where, source.schema(source.columns), f"{origin}: input.where")
-    return Prepared(job, source, condition, composer, parser, way, keep)
+    return Prepared(job, source, condition, composer, parser, way, keep, note)
 
 
 def _source(job: Job, table: object) -> Source:
@@ -130,6 +136,23 @@ def _parser(template: RequestTemplate, origin: str) -> AnswerSchema | None:
         return None if schema is None else AnswerSchema(schema, template.schema_name)
     except JobError as error:
         raise JobError(f"{origin}: request.response_format: {error}") from None
+
+
+def _format(template: RequestTemplate, dialect: Dialect) -> tuple[Mapping[str, object] | None, str | None]:
+    """The `response_format` of the job's schema, and what is to be said of how a schema is sent."""
+    if template.schema is not None:
+        return response_format(template.schema, template.schema_name, dialect.strict_subset)
+    wanted = template.parameters.get("response_format")
+    return None, doubts(wanted) if dialect.strict_subset and isinstance(wanted, Mapping) else None
+
+
+def _input_folders(job: Job) -> Iterator[Path]:
+    """The folders on this machine that the input lies in: of a glob, what stands before its first wildcard."""
+    paths = [job.input.path] if isinstance(job.input.path, str) else job.input.path or []
+    for path in paths:
+        if not is_remote(path):
+            place = job.folder / re.split(r"[^/]*[*?[]", path)[0]
+            yield place if place.is_dir() else place.parent
 
 
 def _kept(job: Job, columns: Sequence[str]) -> tuple[str, ...]:

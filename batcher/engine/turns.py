@@ -5,6 +5,9 @@ from collections import deque
 
 from batcher.schedule import Dispatcher, Ticket
 
+WAITING_BYTES = 64 << 20
+"""Bodies that may wait for their turn: with images in them a few hundred would fill the memory."""
+
 
 class Turns:
     """The door between a fixed set of workers and the dispatcher."""
@@ -50,9 +53,10 @@ class Turns:
             else:
                 return
 
-    async def hungry(self) -> None:
-        """Return when more rows are wanted."""
-        while self._dispatcher.waiting > self._enough() and not self.closed:
+    async def hungry(self, size: int) -> None:
+        """Return when more rows are wanted, whose bodies have so many bytes each."""
+        most = WAITING_BYTES // max(size, 1)
+        while self._dispatcher.waiting > min(self._enough(), most) and not self.closed:
             self._wanted.clear()
             await self._wanted.wait()
 
