@@ -59,7 +59,7 @@ def look(path: str, folder: Path) -> Look:
 
 def _is_usable(name: str) -> bool:
     """Whether a template can name a column: words of Jinja and what is no identifier cannot be."""
-    template = RequestTemplate(endpoint="chat", parameters={"prompt": _expression(name)})
+    template = RequestTemplate(endpoint="chat", parameters={"model": MODEL, "prompt": _expression(name)})
     try:
         return Composer(template, None, "").names == {name}
     except JobError:

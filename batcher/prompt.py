@@ -92,6 +92,10 @@ class Composer:
         self._checked = {name for name in varying if name != "messages" or not _stand_alone(parameters[name])}
         self._combined = bool(varying & COMBINED)
         self._constants = parameters
+        # Where nothing varies but what is said, the rest is known for all rows.
+        self._known: _Known | None = None
+        if template.endpoint is not None and template.body is None and not varying - _SPOKEN:
+            self._known = _known(template.endpoint, parameters)
         self._whole: _Render | None = None
         if template.body is not None:
             self._whole = self._named("body", template.body, names, origin)
@@ -137,7 +141,7 @@ class Composer:
             return Failure(Kind.UNSENDABLE, str(error)[:300])
         except Exception as error:  # whatever a template of the job's author raises is this row's failure
             return Failure(Kind.UNSENDABLE, f"request.{name}: {error}"[:300])
-        return _request(row, unit, self._endpoint, given, body, said)
+        return _request(row, unit, self._endpoint, self._known or _known(self._endpoint, given), body, said)
 
     def unserved(self, row: Row) -> str | None:
         """Say so where a row's `url` is one that is not served, or None."""
@@ -171,7 +175,7 @@ class Composer:
         said = _NOTHING
         for name in _SPOKEN & request.keys():
             said = said.and_(_measured(name, request[name], _encode(request[name])))
-        return _request(row, unit, endpoint, request, body, said)
+        return _request(row, unit, endpoint, _known(endpoint, request), body, said)
 
     def _seen(self, row: Row) -> _Fields:
         """A row's fields as templates see them: what is not there is null, and every null knows its name."""
@@ -228,21 +232,21 @@ class Composer:
             return None
         # Messages that never change are encoded once: a long system prompt costs a row nothing but a copy.
         constants = [msgspec.Raw(_encode(item)) for item in value]
-        live = [None if render is None else _live(item) for render, item in zip(parts, value, strict=True)]
+        live = [render is not None and _live(item) == {"content"} for render, item in zip(parts, value, strict=True)]
         triples = list(enumerate(zip(parts, constants, live, strict=True)))
 
         def rendered(fields: _Fields) -> object:
             made: list[object] = []
-            for index, (render, constant, keys) in triples:
+            for index, (render, constant, is_content) in triples:
                 if render is None:
                     made.append(constant)
                     continue
                 message = cast(dict[str, object], render(fields))
                 # A text is right wherever content stands, and most are texts.
-                if (keys != _CONTENT or message["content"].__class__ is not str) and (
-                    wrong := misfit_message(index, _decode(_encode(message)))
-                ):
-                    raise _MisfitError(wrong)
+                if not is_content or message["content"].__class__ is not str:
+                    wrong = misfit_message(index, _decode(_encode(message)))
+                    if wrong is not None:
+                        raise _MisfitError(wrong)
                 made.append(message)
             return made
 
@@ -282,9 +286,6 @@ class Composer:
         return rendered if sole is None else native
 
 
-_CONTENT = {"content"}
-
-
 def _stand_alone(value: object) -> bool:
     """Whether messages can be checked one by one: a list in which the roles are fixed, and no tools are called."""
     return isinstance(value, list) and all(
@@ -315,6 +316,8 @@ class _Said(NamedTuple):
 
     def and_(self, other: "_Said") -> "_Said":
         """Both together."""
+        if self is _NOTHING:
+            return other
         return _Said(
             self.text + other.text,
             self.tokens + other.tokens,
@@ -346,26 +349,45 @@ def _measured(name: str, value: Any, encoded: bytes) -> _Said:
     return _Said(text, 0, images, 1)
 
 
-def _request(
-    row: Row, unit: int, endpoint: str, given: Mapping[str, Any], body: bytes, said: _Said
-) -> Request | Failure:
-    """The request that has this body; what the run has to know of it is read from its parameters."""
+class _Known(NamedTuple):
+    """What the run has to know of a request beside its body. `cap` is for all choices of one prompt."""
+
+    model: str
+    cap: int
+    cache_key: str | None
+    tier: str | None
+    stream: bool
+
+
+def _known(endpoint: str, given: Mapping[str, Any]) -> _Known:
+    """Read it from the parameters, all of them checked."""
+    cap = given.get("max_completion_tokens") or given.get("max_tokens") or 0
+    best = given.get("best_of") or 1 if endpoint == "completions" else 1
+    return _Known(
+        given["model"],
+        cap * max(given.get("n") or 1, best),
+        given.get("prompt_cache_key"),
+        given.get("service_tier"),
+        given.get("stream") is True,
+    )
+
+
+def _request(row: Row, unit: int, endpoint: str, known: _Known, body: bytes, said: _Said) -> Request | Failure:
+    """The request that has this body."""
     if said.images and len(body) > MOST_BYTES:
         return Failure(Kind.UNSENDABLE, f"a request with images may have 10 MiB, and this one has {len(body):,} bytes")
-    cap = given.get("max_completion_tokens") or given.get("max_tokens") or 0
-    choices = max(given.get("n") or 1, (given.get("best_of") or 1) if endpoint == "completions" else 1)
     return Request(
         unit=unit,
         row=row.position,
-        model=given["model"],
+        model=known.model,
         body=body,
-        prompt_tokens=max(1, said.text // BYTES_PER_TOKEN + said.tokens + said.images * IMAGE_TOKENS),
-        output_tokens=cap * choices * said.prompts,
+        prompt_tokens=said.text // BYTES_PER_TOKEN + said.tokens + said.images * IMAGE_TOKENS or 1,
+        output_tokens=known.cap * said.prompts,
         hash=hashlib.blake2b(body, digest_size=16).digest(),
-        cache_key=given.get("prompt_cache_key"),
+        cache_key=known.cache_key,
         endpoint=endpoint,
-        tier=given.get("service_tier"),
-        stream=given.get("stream") is True,
+        tier=known.tier,
+        stream=known.stream,
     )
 
 

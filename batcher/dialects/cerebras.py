@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 
 from batcher.dialects import prices as _prices
+from batcher.dialects.openai import limits, refusal
+from batcher.dialects.openai import understood as read
 from batcher.records import Price
 
 __all__ = [
