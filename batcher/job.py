@@ -243,7 +243,7 @@ class Job:
                 raise JobError(
                     f"--set {word(setting)}: a retry may change [request], [service], [schedule] and [retry] only"
                 )
-            if section == "request":
+            if section == "request" and keys[0] != "extra":
                 value = _with_files(sections[section][keys[0]], self.folder, f"{self.origin}: request.{keys[0]}", {})
                 sections[section][keys[0]] = value
                 if isinstance(value, dict) and isinstance(value.get("schema"), str):

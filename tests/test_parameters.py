@@ -540,6 +540,7 @@ def test_extra_goes_last_and_untouched(tmp_path: Path, book: Book) -> None:
     assert body.endswith(b',"top_k":5,"guided":"{{ v }}","f":{"file":"x"},"nested":{"a":1.0}}')
     with pytest.raises(JobError, match=r"request\.extra\.top_k: was 5, is now 6"):
         batcher.run(load(path, ["request.extra.top_k=6"]))
+    assert load(path).changed(['request.extra={f = {file = "y"}}']).request.extra == {"f": {"file": "y"}}
     for value in (float("nan"), [float("inf")]):
         with pytest.raises(JobError, match=r"request\.extra: JSON has no infinity"):
             job(model="m", prompt="p", extra={"a": value})

@@ -607,6 +607,10 @@ ANY = [
         model="{{ a }}", messages=[{"role": "user", "content": [{"type": "text", "text": "{{ b }}"}]}], stop=["{{ c }}"]
     ),
     composer(endpoint="completions", prompt="{{ a }}", n="{{ b }}", prompt_cache_key="{{ c }}"),
+    composer(endpoint="completions", prompt=["{{ a }}", "{{ b }}"], logprobs="{{ c }}", best_of=2, n="{{ a }}"),
+    composer(messages=[{"role": "{{ a }}", "content": "{{ b }}"}, {"role": "user", "content": "{{ c }}"}]),
+    composer(prompt="{{ a }}", tools="{{ b }}", tool_choice="{{ c }}", stream="{{ a }}", logit_bias="{{ b }}"),
+    composer(prompt="{{ a | data_uri }}", prediction={"type": "content", "content": "{{ b }}"}, logprobs="{{ c }}"),
     composer(prompt="{{ a | default('') }}{{ b or c }}", response_format="{{ a }}", user="{{ b ~ c }}"),
 ]
 
