@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from email.utils import formatdate
 
 import pytest
@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from batcher.dialects import PRICES_AS_OF, Dialect, at_home, cerebras, cost, named, of_url, openai
+from batcher.dialects import PRICES_AS_OF, Dialect, at_home, cerebras, cost, groq, named, of_url, openai
 from batcher.records import (
+    Alternative,
     Answer,
     Choice,
     Failure,
@@ -22,6 +23,7 @@ from batcher.records import (
     Reply,
     ServiceTimes,
     Timing,
+    Token,
     ToolCall,
     Usage,
 )
@@ -155,6 +157,7 @@ def nested(message: str, type: str | None = None, code: object = None) -> dict[s
         ("https://api.cerebras.ai.example/v1", "openai"),
         ("https://cerebras.ai@example.com/v1", "openai"),
         ("https://api.openai.com/v1", "openai"),
+        ("https://api.groq.com/openai/v1", "groq"),
         ("http://127.0.0.1:8000/v1", "openai"),
         ("simulator", "openai"),
     ],
@@ -166,8 +169,8 @@ def test_the_host_decides_the_dialect(url: str, name: str) -> None:
 
 def test_a_key_has_a_home() -> None:
     """Each dialect says which variable holds its key and where that key may go."""
-    found: list[Dialect] = [named("cerebras"), named("openai")]
-    assert [dialect.api_key_env for dialect in found] == ["CEREBRAS_API_KEY", "OPENAI_API_KEY"]
+    found: list[Dialect] = [named("cerebras"), named("openai"), named("groq")]
+    assert [dialect.api_key_env for dialect in found] == ["CEREBRAS_API_KEY", "OPENAI_API_KEY", "GROQ_API_KEY"]
     assert at_home(found[0], "https://api.cerebras.ai/v1")
     assert not at_home(found[0], "https://api.openai.com/v1")
     assert at_home(found[1], "https://api.openai.com/v1")
@@ -248,6 +251,125 @@ def test_tool_calls_are_an_answer_without_text() -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1'}}
     [choice] = answered(chat({"content": None, "tool_calls": [call]}, "tool_calls")).choices
     assert (choice.text, choice.tool_calls) == (None, (ToolCall("c1", "function", "f", '{"a": 1'),))
+
+
+def test_tool_calls_come_in_order_of_their_index() -> None:
+    """Where each has its own; otherwise as they were sent."""
+    calls: list[dict[str, object]] = [{"id": "b", "index": 1}, {"id": "a", "index": 0}]
+    [choice] = answered(chat({"content": None, "tool_calls": calls}, "tool_calls")).choices
+    assert [call.id for call in choice.tool_calls or ()] == ["a", "b"]
+    for index in (None, "0", 1):
+        calls[1]["index"] = index
+        [choice] = answered(chat({"content": None, "tool_calls": calls}, "tool_calls")).choices
+        assert len(choice.tool_calls or ()) == 2
+    assert [call.id for call in choice.tool_calls or ()] == ["b", "a"]
+
+
+LIKELY = {"token": " the", "logprob": -0.25, "bytes": [32, 116, 104, 101]}
+THE = Alternative(" the", -0.25, (32, 116, 104, 101))
+
+
+def test_logprobs_of_a_chat_are_read_to_the_last_alternative() -> None:
+    """Of the text and then of a refusal, and apart from these of the reasoning."""
+    token = {**LIKELY, "top_logprobs": [LIKELY, {"token": "\u00e9", "logprob": -9999.0, "bytes": None}]}
+    body = chat({"content": " the the", "reasoning": " the"})
+    choice = body["choices"][0]  # type: ignore[index]
+    choice["logprobs"] = {"content": [token, {**LIKELY, "top_logprobs": []}], "refusal": [LIKELY]}
+    choice["reasoning_logprobs"] = {"content": [LIKELY], "refusal": None}
+    [read] = answered(body).choices
+    likely = " the", -0.25, (32, 116, 104, 101)
+    assert read.logprobs == [
+        Token(*likely, [THE, Alternative("\u00e9", -9999.0, None)]),
+        Token(*likely, []),
+        Token(*likely),
+    ]
+    assert read.reasoning_logprobs == [Token(*likely)]
+    choice["logprobs"] = {"content": None}
+    assert answered(body).choices[0].logprobs is None
+    choice["logprobs"] = {"content": []}
+    assert answered(body).choices[0].logprobs == []
+
+
+def test_logprobs_of_a_completion_take_the_same_form() -> None:
+    """Four lists side by side become tokens; the first token of an echo has no probability."""
+    logprobs = {
+        "tokens": ["Hi", " the"],
+        "token_logprobs": [None, -0.25],
+        "top_logprobs": [None, {" the": -0.25, " a": -2}],
+        "text_offset": [0, 2],
+    }
+    body: dict[str, object] = {
+        "choices": [{"index": 0, "text": "Hi the", "finish_reason": "stop", "logprobs": logprobs}]
+    }
+    alternatives = [Alternative(" the", -0.25), Alternative(" a", -2.0)]
+    first, second = Token("Hi", None, None, None, 0), Token(" the", -0.25, None, alternatives, 2)
+    assert answered(body).choices[0].logprobs == [first, second]
+    del logprobs["text_offset"], logprobs["top_logprobs"]
+    assert answered(body).choices[0].logprobs == [Token("Hi"), Token(" the", -0.25)]
+    logprobs["tokens"] = ["Hi"]
+    assert answered(body).choices[0].logprobs == [Token("Hi"), Token(None, -0.25)]
+
+
+@pytest.mark.parametrize("wrong", ["x", True, [], {}, [[]], 10**400, "\ud800"])
+def test_a_wrong_part_of_a_logprob_costs_itself_alone(wrong: object) -> None:
+    """The tokens around it, and what else is said of its own, arrive."""
+    body = chat({"content": "x"})
+    choice = body["choices"][0]  # type: ignore[index]
+    choice["logprobs"] = {"content": [LIKELY, {**LIKELY, "logprob": wrong, "top_logprobs": [LIKELY, wrong]}, wrong]}
+    first, second, third = answered(body).choices[0].logprobs or ()
+    assert first == Token(" the", -0.25, (32, 116, 104, 101))
+    assert second == Token(" the", None, (32, 116, 104, 101), [THE, Alternative()])
+    assert third == Token()
+    choice["logprobs"] = {"tokens": ["a", wrong], "token_logprobs": [-1, -2], "top_logprobs": [{"a": -1, "b": wrong}]}
+    first, second = answered(body).choices[0].logprobs or ()
+    assert first == Token("a", -1.0, None, [Alternative("a", -1.0), Alternative("b")])
+    assert second == Token(wrong if isinstance(wrong, str) else None, -2.0)
+
+
+def test_raw_tokens_are_an_answer_without_text() -> None:
+    """Ids as they came; what is none is unknown, in its place."""
+
+    def ids(tokens: object) -> Sequence[int | None] | None:
+        choice = {"index": 0, "text": None, "tokens": tokens, "finish_reason": "length"}
+        return answered({"choices": [choice]}).choices[0].tokens
+
+    assert ids([1, 200_000]) == [1, 200_000]
+    assert ids([1, 2**31, "x", None, 7]) == [1, None, None, None, 7]
+    assert ids([]) == []
+
+
+@pytest.mark.parametrize("indices", [(0, 1, 2, 3), (None,) * 4, (0, 0, 0, 0), (0, 1, 0, 1), (0, None, 0, None)])
+def test_choices_of_several_prompts_follow_one_another(indices: tuple[int | None, ...]) -> None:
+    """Counted on, not counted, or counted anew for each prompt: they stay in the order of the prompts."""
+    wire = [{"index": at, "text": text, "finish_reason": "stop"} for at, text in zip(indices, "abcd", strict=True)]
+    assert [choice.text for choice in answered({"choices": wire}).choices] == ["a", "b", "c", "d"]
+
+
+def test_a_tier_that_is_told_is_the_asked_or_the_used_one() -> None:
+    """Cerebras repeats the tier it was asked for; elsewhere the tier in an answer is the one that served."""
+    body = chat({"content": "x"})
+    for tier in ("default", "on_demand", "performance", "a tier of tomorrow"):
+        found = openai.read(reply({**body, "service_tier": tier}))
+        assert isinstance(found, Answer)
+        assert (found.service_tier, found.service_tier_used) == (None, tier)
+    asked = {**body, "service_tier": "flex"}
+    assert (answered(asked).service_tier, answered(asked).service_tier_used) == ("flex", None)
+    both = openai.read(reply({**body, "service_tier": "auto", "service_tier_used": "flex"}))
+    assert isinstance(both, Answer)
+    assert (both.service_tier, both.service_tier_used) == ("auto", "flex")
+
+
+def test_a_refusal_is_kept_beside_the_text() -> None:
+    """The model's own words for why it gives no answer."""
+    [choice] = answered(chat({"content": None, "refusal": "I cannot help with that."})).choices
+    assert (choice.text, choice.refusal, choice.finish_reason) == (None, "I cannot help with that.", "stop")
+
+
+def test_groq_may_put_usage_apart() -> None:
+    """In an answer that it streamed."""
+    body = {**GROQ_CHAT, "usage": None, "x_groq": {"id": "req_1", "usage": GROQ_CHAT["usage"]}}
+    assert answered(body).usage == Usage(18, 5, 23)
+    assert answered(body).times == ServiceTimes(0.018, 0.0006, 0.0046, 0.0053)
 
 
 def test_choices_come_in_order_of_their_index() -> None:
@@ -406,11 +528,32 @@ def test_one_byte_order_mark_is_tolerated() -> None:
         (nested("m", "overloaded_error"), Kind.OVERLOADED),
         (nested("m", code="insufficient_quota"), Kind.NO_CREDIT),
         ({**nested("m"), "status_code": 503}, Kind.UNAVAILABLE),
+        ({"object": "error", "message": "m", "type": "BadRequestError", "param": None, "code": 400}, Kind.REJECTED),
+        (flat("m", "NotFoundError"), Kind.NOT_FOUND),
     ],
 )
 def test_an_error_inside_a_success_counts_as_the_error(body: object, kind: Kind) -> None:
     """An error that comes with status 200 is classified by its own words."""
     assert unanswered(body).kind is kind
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (flat("m", "too_many_requests_error", "queue_exceeded", "queue"), 429, Kind.OVERLOADED),
+        (flat("Tokens per minute limit exceeded", "too_many_tokens_error"), 429, Kind.RATE_LIMITED),
+        (flat("m", "server_error", 502), 500, Kind.SERVER_ERROR),
+        (flat("m", "invalid_request_error", "context_length_exceeded"), 400, Kind.REJECTED),
+        ({"id": "x"}, 503, Kind.UNAVAILABLE),
+        ({}, 408, Kind.REQUEST_TIMEOUT),
+        ("gone", 504, Kind.UNAVAILABLE),
+        (None, 500, Kind.SERVER_ERROR),
+    ],
+)
+def test_a_stream_that_broke_off_counts_as_its_status(error: object, status: int, kind: Kind) -> None:
+    """The status beside the error decides, whatever members the error has; a part was generated, and may be paid."""
+    found = unanswered({"error": error, "status_code": status})
+    assert (found.kind, found.paid) == (kind, True)
 
 
 def test_an_error_without_a_code_inside_a_success_is_malformed() -> None:
@@ -490,6 +633,8 @@ QUEUE = flat(
         (429, QUEUE, Kind.OVERLOADED),
         (429, {"message": QUEUE["message"]}, Kind.OVERLOADED),
         (429, nested("Resource unavailable", code="resource_unavailable"), Kind.OVERLOADED),
+        (400, {"object": "error", "message": "bad", "type": "BadRequestError", "code": 400}, Kind.REJECTED),
+        (400, b"Model not loaded", Kind.REJECTED),
         (429, {**QUOTA_TOKENS, "message": "Tokens per minute; more capacity on request"}, Kind.RATE_LIMITED),
         (429, b"", Kind.RATE_LIMITED),
         (429, b"<html>slow down</html>", Kind.RATE_LIMITED),
@@ -515,6 +660,13 @@ def test_a_refusal_has_a_kind(status: int, body: object, kind: Kind) -> None:
     """Status, code and words decide what a refusal is; both dialects see the same."""
     assert refused(status, body).kind is kind
     assert openai.refusal(reply(body, status)).kind is kind
+
+
+def test_services_ask_to_be_asked_again_or_not() -> None:
+    """`x-should-retry` says true or false; anything else says nothing."""
+    told = [refused(500, b"", {"X-Should-Retry": value}).should_retry for value in ("true", "False", "yes", "")]
+    assert told == [True, False, None, None]
+    assert refused(500).should_retry is None
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 408, 429, 499, 500, 502, 503, 504, 524, 529])
@@ -588,6 +740,25 @@ def test_a_refusal_empties_the_buckets_that_it_names() -> None:
         ({**QUOTA_REQUESTS, "message": "Requests per second limit exceeded"}, [("requests", 1.0)]),
         ({**QUOTA_TOKENS, "message": "Tokens per hour"}, [("tokens", 3600.0)]),
         ({**QUOTA_TOKENS, "message": "Uncached tokens-per-minute"}, [("uncached_tokens", 60.0)]),
+        ({**QUOTA_TOKENS, "message": "Total tokens per minute limit exceeded"}, [("tokens", 60.0)]),
+        (
+            {**QUOTA_TOKENS, "message": "Tokens per minute limit exceeded - too many uncached tokens processed."},
+            [("uncached_tokens", 60.0)],
+        ),
+        (
+            {**QUOTA_TOKENS, "message": "Tokens per day: the total of cached and uncached tokens"},
+            [("tokens", 86400.0)],
+        ),
+        (
+            {**QUOTA_TOKENS, "message": "uncached tokens per minute and total tokens per hour"},
+            [("tokens", 3600.0), ("uncached_tokens", 60.0)],
+        ),
+        (
+            {**QUOTA_REQUESTS, "message": "Requests per minute; uncached tokens per minute have room"},
+            [("requests", 60.0), ("uncached_tokens", 60.0)],
+        ),
+        ({**QUOTA_TOKENS, "message": "limit", "code": "uncached_token_quota_exceeded"}, [("uncached_tokens", 60.0)]),
+        ({**QUOTA_TOKENS, "message": "limit", "code": "total_token_quota_exceeded"}, [("tokens", 60.0)]),
         ({**QUOTA_TOKENS, "message": "limit"}, [("tokens", 60.0)]),
         (nested("on tokens per min (TPM): Limit 1"), [("tokens", 60.0)]),
         (nested("RPM and TPD are exhausted"), [("requests", 60.0), ("tokens", 86400.0)]),
@@ -650,6 +821,57 @@ def test_a_wait_is_read_strictly(headers: dict[str, str], wait: float | None) ->
     assert refused(503, b"", headers).retry_after == wait
 
 
+@pytest.mark.parametrize(
+    ("words", "wait"),
+    [
+        ("Please try again in 5.289s. Visit the console.", 5.289),
+        ("try again in 2m59.56s", 179.56),
+        ("Please try again in 20ms.", 0.02),
+        ("Please retry after 6 seconds.", 6.0),
+        ("Try again in 1 minute", 60.0),
+        ("try again in 1 hour", 3600.0),
+        ("try again in 14m24s", 864.0),
+        ("try again in a while", None),
+        ("try again in 5 parsecs", None),
+        ("try again in 5.2.8s", None),
+        ("try again in 5sols", None),
+        ("try again in " + "9" * 400 + "s", None),
+    ],
+)
+def test_a_wait_may_stand_in_the_words(words: str, wait: float | None) -> None:
+    """Where no header says it; of refusals that pass."""
+    assert refused(429, nested(words, "tokens", "rate_limit_exceeded")).retry_after == wait
+    assert refused(498, nested(words, code="capacity_exceeded")).retry_after == wait
+    assert refused(503, words.encode()).retry_after is None
+    assert refused(400, nested(words)).retry_after is None
+    assert refused(429, nested(words), {"retry-after": "7"}).retry_after == 7.0
+
+
+def test_a_wait_in_words_goes_before_the_reset_of_the_bucket() -> None:
+    """A reset says when all is there again, the words when this request may go."""
+    headers = {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "60"}
+    found = refused(429, nested("on tokens per minute (TPM): try again in 5.289s", "tokens"), headers)
+    assert (found.kind, found.retry_after) == (Kind.RATE_LIMITED, 5.289)
+
+
+def test_groq_counts_requests_by_the_day() -> None:
+    """Its headers name no window; tokens are those of a minute."""
+    headers = {
+        "x-ratelimit-limit-requests": "14400",
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": "2m59.56s",
+        "x-ratelimit-limit-tokens": "18000",
+        "x-ratelimit-remaining-tokens": "17997",
+        "x-ratelimit-reset-tokens": "10ms",
+        "retry-after": "180",
+    }
+    told = [Limit("requests", 86400.0, 14400.0, 0.0, 179.56), Limit("tokens", 60.0, 18000.0, 17997.0, 0.01)]
+    assert list(groq.limits(headers)) == told
+    found = groq.refusal(reply(nested("Rate limit reached", "requests", "rate_limit_exceeded"), 429, headers))
+    assert found.kind is Kind.DAY_QUOTA
+    assert openai.limits(headers)[0].window == 60.0
+
+
 def test_a_date_is_measured_by_our_clock_without_the_service_s() -> None:
     """Without a date of its own the service's moment is compared with ours."""
     wait = refused(503, b"", {"retry-after": formatdate(timeval=None, usegmt=True)}).retry_after
@@ -694,6 +916,19 @@ def test_a_header_that_contradicts_itself_is_ignored() -> None:
             [Limit("requests", 60.0, 60.0, 59.0, 1.0), Limit("tokens", 60.0, 150000.0, 149984.0, 360.0)],
         ),
         ({"x-ratelimit-remaining-req-minute": "3"}, [Limit("requests", 60.0, None, 3.0, None)]),
+        (
+            {
+                "x-ratelimit-remaining-tokens-minute": "3",
+                "x-ratelimit-remaining-uncached-tokens-minute": "2",
+                "x-ratelimit-remaining-tokens-uncached-hour": "1",
+                "x-ratelimit-remaining-project-tokens-minute": "5",
+            },
+            [
+                Limit("tokens", 60.0, None, 3.0, None),
+                Limit("uncached_tokens", 60.0, None, 2.0, None),
+                Limit("uncached_tokens", 3600.0, None, 1.0, None),
+            ],
+        ),
         (
             {
                 "x-ratelimit-limit-tokens-total-minute": "90000",

@@ -570,8 +570,6 @@ def _complaint_in(value: object) -> _Complaint | None:
     code, said = inner.get("code"), inner.get("message")
     message = said if isinstance(said, str) else "" if said is None else json.dumps(said)
     labels = _label(inner.get("type")), _label(code)
-    if not message and labels == (None, None):
-        return None
     status = next(
         (
             number
@@ -581,7 +579,9 @@ def _complaint_in(value: object) -> _Complaint | None:
         None,
     )
     # What a stream is broken off with has its status beside it: `{"error": …, "status_code": …}`.
-    broke_off = error is not None and "status_code" in outer
+    broke_off = "error" in outer and "status_code" in outer
+    if not message and labels == (None, None) and (status is None or not broke_off):
+        return None
     return _Complaint(_plain(message, _LONGEST_MESSAGE), *labels, _label(inner.get("param")), status, broke_off)
 
 
