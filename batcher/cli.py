@@ -349,17 +349,22 @@ def init(
             return default if given is None else given
         return str(typer.prompt(question, default=default, show_default=bool(default)))
 
-    if prompt is None and not columns and asked:
+    whole = seen.whole and not (prompt or columns or system or model or identity)
+    if prompt is None and not columns and asked and not whole:
         _say(_shown(f"Columns: {', '.join(seen.usable)}"))
         chosen = answer("Columns to show the model", None, ",".join(seen.prompt))
         columns = [name.strip() for name in chosen.split(",") if name.strip()]
-    answers = beginning.Answers(
-        prompt=beginning.prompt_of(seen, columns or seen.prompt) if prompt is None else prompt,
-        system=answer("What the model is told before (Enter for nothing)", system, "") or None,
-        model=answer("Model", model, beginning.MODEL),
-        id=answer("Column with the rows' ids", identity, seen.id or "") or None,
-        base_url=answer("Service", base_url, "simulator"),
-    )
+    if whole:
+        service = answer("Service", base_url, "simulator")
+        answers = beginning.Answers(prompt=None, system=None, model=beginning.MODEL, id=None, base_url=service)
+    else:
+        answers = beginning.Answers(
+            prompt=beginning.prompt_of(seen, columns or seen.prompt) if prompt is None else prompt,
+            system=answer("What the model is told before (Enter for nothing)", system, "") or None,
+            model=answer("Model", model, beginning.MODEL),
+            id=answer("Column with the rows' ids", identity, seen.id or "") or None,
+            base_url=answer("Service", base_url, "simulator"),
+        )
     beginning.write(seen, answers, target)
     _say(_shown(f"{target} is written\nbatcher plan {shlex.quote(str(target))}"))
 

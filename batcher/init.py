@@ -41,6 +41,8 @@ class Look(NamedTuple):
     """The columns that a prompt would be made of."""
     id: str | None
     """The column that looks like an id."""
+    whole: bool
+    """Whether it is an OpenAI batch file: its rows are whole requests."""
 
 
 def look(path: str, folder: Path) -> Look:
@@ -54,7 +56,9 @@ def look(path: str, folder: Path) -> Look:
     identity = next((name for name in _ID_NAMES if name in types), None)
     if identity is None:
         identity = next((name for name in types if name.lower().endswith("_id") and name.isprintable()), None)
-    return Look(path, types, rows[0] if rows else {}, usable, _told(usable, types, rows, identity), identity)
+    told = _told(usable, types, rows, identity)
+    whole = {"custom_id", "url", "body"} <= types.keys() and pa.types.is_struct(types["body"])
+    return Look(path, types, rows[0] if rows else {}, usable, told, identity, whole)
 
 
 def _is_usable(name: str) -> bool:
@@ -110,7 +114,8 @@ def _expression(name: str, filters: str = "") -> str:
 class Answers(NamedTuple):
     """What the job is to say, by flags or by answers."""
 
-    prompt: str
+    prompt: str | None
+    """None where the rows are whole requests, which are sent as they are."""
     system: str | None
     model: str
     id: str | None
@@ -150,7 +155,7 @@ def _text(seen: Look, answers: Answers, target: Path) -> str:
     while (target.parent / output).exists():
         number += 1
         output = f"out/{name}-{number}"
-    remote = answers.base_url != SIMULATOR
+    remote, whole = answers.base_url != SIMULATOR, answers.prompt is None
     columns = [
         f"{printable(column)}: {kind}{_example(seen.first.get(column))}"
         for column, kind in list(seen.types.items())[:_SHOWN_COLUMNS]
@@ -169,20 +174,13 @@ def _text(seen: Look, answers: Answers, target: Path) -> str:
         "",
         "[input]",
         _line("input", "path", seen.path),
-        _line("input", "id", answers.id or seen.id or "id", given=answers.id is not None),
+        *([_line("input", "format", "openai-batch")] if whole else [_id(seen, answers)]),
         _line("input", "limit", 100, given=False),
         "",
-        "# The columns and their first values, for the templates below:",
+        f"# The columns and their first values{'' if whole else ', for the templates below'}:",
         *(f"#     {column}" for column in columns),
         "",
-        "[request]",
-        _line("request", "model", answers.model),
-        _line("request", "system", answers.system or "You answer in one sentence.", given=answers.system is not None),
-        _line("request", "prompt", answers.prompt),
-        _line("request", "max_completion_tokens", 1024),
-        _line("request", "temperature", 0, given=False),
-        _line("request", "reasoning_effort", "low", given=False),
-        _line("request", "response_format", {"schema": "answer.schema.json"}, given=False),
+        *(_WHOLE if answers.prompt is None else _request(answers, answers.prompt)),
         "",
         "[service]",
         _line("service", "base_url", answers.base_url),
@@ -199,6 +197,24 @@ def _text(seen: Look, answers: Answers, target: Path) -> str:
         _line("output", "raw", True, given=False),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _id(seen: Look, answers: Answers) -> str:
+    return _line("input", "id", answers.id or seen.id or "id", given=answers.id is not None)
+
+
+def _request(answers: Answers, prompt: str) -> list[str]:
+    told = answers.system or "You answer in one sentence."
+    return [
+        "[request]",
+        _line("request", "model", answers.model),
+        _line("request", "system", told, given=answers.system is not None),
+        _line("request", "prompt", prompt),
+        _line("request", "max_completion_tokens", 1024),
+        _line("request", "temperature", 0, given=False),
+        _line("request", "reasoning_effort", "low", given=False),
+        _line("request", "response_format", {"schema": "answer.schema.json"}, given=False),
+    ]
 
 
 def _example(value: object) -> str:
@@ -227,6 +243,7 @@ def default_target(path: str) -> Path:
     return Path(f"{stem}.toml")
 
 
+_WHOLE = ("# There is no section [request]: each row's `body` is sent as it is, to the endpoint of its `url`.",)
 _REAL = (
     "# The real service in place of the line above; name another output.path then, for an output belongs to one:",
     _line("service", "base_url", "https://api.cerebras.ai/v1", given=False),

@@ -205,8 +205,8 @@ def sentence(failure: Failure) -> str:
     """What to say of a failure that ends everything, with what to check."""
     status = f" ({failure.status})" if failure.status else ""
     hints = {
-        Kind.UNAUTHORIZED: "; check the key and its variable",
-        Kind.FORBIDDEN: "; check that service.api_key_env names a key that may do this",
+        Kind.UNAUTHORIZED: "; check the key and its variable, service.api_key_env",
+        Kind.FORBIDDEN: "; check that service.api_key_env names the variable of a key, and that this key may do this",
         Kind.MODEL_NOT_FOUND: "; check request.model",
         Kind.NOT_FOUND: "; check service.base_url and request.model",
         Kind.REDIRECT: "; put the address it names into service.base_url",

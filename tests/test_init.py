@@ -281,3 +281,15 @@ def test_a_few_questions_on_a_terminal(tmp_path: Path) -> None:
 def test_the_job_is_named_after_its_input(path: str, target: str) -> None:
     """In the caller's folder."""
     assert default_target(path) == Path(target)
+
+
+def test_a_batch_file_is_sent_as_it_is(called: Call, tmp_path: Path) -> None:
+    """A batch file becomes a job without [request]; with a prompt its rows are columns like others."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+    jsonl(tmp_path / "asked.jsonl", {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body})
+    assert called("asked.jsonl").returncode == 0
+    job = load(tmp_path / "asked.toml")
+    assert (job.input.format, job.input.id, job.request.endpoint) == ("openai-batch", "custom_id", None)
+    assert plan(job).rows == 1
+    assert called("asked.jsonl", "--prompt", "{{ body }}", "--output", "other.toml").returncode == 0
+    assert load(tmp_path / "other.toml").request.endpoint == "chat"

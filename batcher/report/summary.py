@@ -19,7 +19,7 @@ def render(summary: Summary, output: str) -> str:
         failed += f"  ({_counts(totals.failure_kinds)})"
     cached = f", {count(totals.cached_tokens)} of them cached" if totals.cached_tokens else ""
     requests = count(totals.attempts)
-    if totals.attempts > totals.answered:
+    if totals.attempts > totals.answered and not summary.retries:  # what a retry replaced were answers too
         requests += f" ({count(totals.attempts - totals.answered)} without an answer)"
     if summary.requests != totals.attempts:
         requests += f"; {count(summary.requests)} by this run"
