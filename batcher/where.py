@@ -30,7 +30,12 @@ class Condition:
         used = {name.casefold() for name in _names(tree)}
         self.columns = tuple(name for name in schema.names if name.casefold() in used) or tuple(schema.names[:1])
         # Says what is wrong with names and types; of columns that it does not need, DuckDB need not know the types.
-        self.mask(pa.RecordBatch.from_pylist([], pa.schema([schema.field(name) for name in self.columns])))
+        try:
+            self.mask(pa.RecordBatch.from_pylist([], pa.schema([schema.field(name) for name in self.columns])))
+        except JobError as error:
+            if "Referenced column" not in str(error):
+                raise
+            raise JobError(f"{str(error).rstrip('!')}; the columns are {', '.join(schema.names)}") from None
 
     def mask(self, batch: pa.RecordBatch) -> pa.BooleanArray:
         """Which rows it holds for; null counts as false. The batch has `columns` at least. Raises JobError."""
