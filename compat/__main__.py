@@ -1,0 +1,21 @@
+"""`python -m compat` runs against every server; one of their names after it against that one. See docs/servers.md."""
+
+import argparse
+
+from compat import litellm, transformers
+
+SERVERS = {"litellm": litellm.run, "transformers": transformers.run}
+
+
+def main() -> None:
+    """Run against one server, or all."""
+    parser = argparse.ArgumentParser(prog="python -m compat", description=__doc__)
+    parser.add_argument("server", nargs="?", choices=[*SERVERS], help="all when absent")
+    chosen = parser.parse_args().server
+    for name, run in SERVERS.items():
+        if chosen in (None, name):
+            run()
+
+
+if __name__ == "__main__":
+    main()
