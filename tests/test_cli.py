@@ -340,7 +340,7 @@ def test_the_simulator_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
             assert b"gpt-oss-120b" in models.read()
         asking = urllib.request.Request(
             f"{found[0]}/chat/completions",
-            headers={"Authorization": "Bearer x"},
+            headers={"Authorization": "Bearer x", "Content-Type": "application/json"},
             data=b'{"model":"gpt-oss-120b","messages":[{"role":"user","content":"hi"}]}',
         )
         with pytest.raises(urllib.error.HTTPError) as failed:

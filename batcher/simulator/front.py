@@ -1,11 +1,12 @@
 """The front of the simulated service: it takes requests in, lets their time pass, and keeps the book."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from hashlib import sha256
 from typing import TypeVar
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from batcher.simulator.model import Answer, Service, Settings, Waiting
 
@@ -58,10 +59,11 @@ class Front:
         authorization: str | None,
         body: bytes,
         deliver: Callable[[Answer, dict[str, str]], Awaitable[_T]],
+        headers: Mapping[str, str],
     ) -> _T:
         """One request, from its arrival until `deliver` has handed over the answer with its rate-limit headers."""
         arrived = self._now()
-        received = self.service.receive(method, path, authorization, body, arrived)
+        received = self.service.receive(method, path, authorization, body, arrived, headers)
         self.in_flight += 1
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         status = answered_at = None
@@ -78,9 +80,14 @@ class Front:
                 if (rest := arrived + answer.delay - self._now()) > 0:
                     await asyncio.sleep(rest)
             finally:  # a client that has given up has had its answer made all the same
-                headers = self.service.settle(answer, self._now())
+                begun = replace(answer, charged=0) if answer.pieces else answer
+                told = self.service.settle(begun, self._now())
             status = answer.status or None
-            delivered = await deliver(answer, headers)
+            try:
+                delivered = await deliver(answer, told)
+            finally:
+                if answer.pieces:  # what it took is known when it ends
+                    self.service.settle(answer, self._now())
             if answer.whole:
                 answered_at = self._now()
             return delivered
@@ -91,7 +98,7 @@ class Front:
             elif self._record:
                 self.book.append(
                     Entry(
-                        path=path,
+                        path=path.partition("?")[0],
                         body_sha256=sha256(body).hexdigest(),
                         arrived=arrived,
                         answered_at=answered_at,

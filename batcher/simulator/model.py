@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
-from random import Random
+from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
-from urllib.parse import unquote
 
-from msgspec import UNSET, DecodeError, Struct, ValidationError
+from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
-from batcher.simulator import answers, cache, queues, quota, wire
+from batcher.simulator import bodies, cache, catalogue, queues, quota, requests, speech, stream, wire
+from batcher.simulator.recorded import Recorded
+from batcher.simulator.speech import Said
+from batcher.simulator.stream import StreamFault
 
 MODELS = ("gpt-oss-120b", "qwen-3.8-27b", "gemma-4-31b", "zai-glm-4.7")
 
@@ -85,7 +87,9 @@ def parse_fault(text: str) -> tuple[str, float]:
 
 def _check_fault(kind: str, share: float) -> None:
     if kind not in _FAULTS:
-        raise ValueError(f"unknown fault {kind!r}; known are {', '.join(Fault)} and the statuses 400 to 599")
+        raise ValueError(
+            f"unknown fault {kind!r}; known are {', '.join([*Fault, *StreamFault])} and the statuses 400 to 599"
+        )
     if not 0 <= share <= 1:
         raise ValueError(f"the share of fault {kind} must be between 0 and 1, not {share:g}")
 
@@ -95,6 +99,9 @@ class Settings:
     """What the simulated service is like; times in seconds, None is no limit. Raises ValueError for what cannot be."""
 
     models: tuple[str, ...] = MODELS
+    encodings: tuple[str, ...] = bodies.ENCODINGS  # of request bodies, besides plain JSON
+    final_chunk: stream.FinalChunk = "asked"  # of streams: where usage and times stand
+    answers: Recorded | None = None  # said to the questions in it
     key: str | None = None  # the only key accepted; None: any
     requests_per_minute: int | Literal["plan"] | None = "plan"  # of each model; the developer plan's
     requests_per_day: int | None = None
@@ -166,6 +173,12 @@ class Settings:
             _check_fault(kind, share)
         if (whole := sum(self.faults.values())) > 1 + 1e-9:
             raise ValueError(f"the shares of all faults must not pass 1; they make {whole:g}")
+        for name in self.encodings:
+            if name not in bodies.ENCODINGS:
+                raise ValueError(f"unknown encoding {name!r}; known are {', '.join(bodies.ENCODINGS)}")
+        if self.final_chunk not in get_args(stream.FinalChunk):
+            shapes = ", ".join(get_args(stream.FinalChunk))
+            raise ValueError(f"final_chunk must be one of {shapes}, not {self.final_chunk!r}")
         for text, status in self.poison.items():
             if status not in wire.ERRORS:
                 raise ValueError(f"the status for poison {text!r} must be between 400 and 599, not {status}")
@@ -214,36 +227,17 @@ def _check_capacities(settings: Settings) -> None:
             raise ValueError("drift: the seconds must go up")
 
 
-@dataclass(slots=True)
-class Said:
-    """What the model said for one choice, in how many tokens."""
-
-    reasoning: str
-    reasoning_tokens: int
-    content: str
-    tokens: int  # of both
-    finish_reason: str
-
-    def choice(self, index: int, chat: bool) -> wire.Choice:
-        """The choice on the wire."""
-        if chat:
-            return wire.Choice(
-                index, self.finish_reason, wire.Reply("assistant", self.content, self.reasoning or UNSET)
-            )
-        return wire.Choice(index, self.finish_reason, text=self.content)
-
-
 _FAILURES: dict[str, tuple[int, bytes, str]] = {  # faults without an answer of the model: status, body, content type
     Fault.RESET: (0, b"", ""),
     Fault.QUEUE: (429, wire.QUEUE_EXCEEDED, "application/json"),
     Fault.HTML: (200, wire.PAGE, "text/html"),
     Fault.ERROR200: (200, b'{"error":%s}' % wire.ERRORS[500], "application/json"),
-    **{str(status): (status, body, "application/json") for status, body in wire.ERRORS.items()},
+    **{str(status): (status, body, wire.error_type(status)) for status, body in wire.ERRORS.items()},
 }
-_FAULTS = {*Fault, *_FAILURES}
+_FAULTS = {*Fault, *StreamFault, *_FAILURES}
+_OF_STREAMS = frozenset(StreamFault)
 _TIERS = f"known are {', '.join(queues.TIERS)}"
 _AVERAGED = 10.0  # seconds whose queue times are what is expected of the next one
-_EFFORTS: dict[str | None, int] = {"low": 1, "medium": 2, "high": 4}  # sentences of reasoning
 
 # msgspec cannot encode a lone surrogate, so the text carries private-use characters that are replaced on the wire.
 # Inside JSON that is itself in a string, NUL has to be escaped twice.
@@ -258,8 +252,11 @@ class Answer(Struct, frozen=True):
     status: int  # 0: nothing is sent, the connection is reset
     body: bytes = b""
     content_type: str = "application/json"
-    ends_after: int | None = None  # bytes of the body after which the connection ends
-    delay: float = 0.0  # seconds between the request and this answer
+    pieces: tuple[stream.Piece, ...] = ()  # what is sent of a stream; the body is the answer without streaming
+    error: int | None = None  # the status in an error event that ends the stream; the body is that error
+    ends_after: int | None = None  # bytes of the body, or of the pieces, after which the connection ends
+    stalls: float = 0.0  # seconds before it does
+    delay: float = 0.0  # seconds between the request and this answer, of a stream its beginning
     fault: str | None = None  # the fault that made it, or `poison`
     model: str | None = None  # whose limits its headers tell
     tier: str | None = None  # that serves it, or refuses to
@@ -338,28 +335,42 @@ class Service:
         for (model, tier), buckets in self._quotas.items():
             buckets.change(changed.limits_of(model, tier))
 
-    def receive(self, method: str, path: str, authorization: str | None, body: bytes, now: float) -> Answer | Waiting:
-        """Decide everything about the answer to a request that arrives now, or have it wait for its turn."""
-        listing = path == "/v1/models" or path.startswith("/v1/models/")
-        if not listing and path not in ("/v1/chat/completions", "/v1/completions"):
+    def receive(
+        self,
+        method: str,
+        path: str,
+        authorization: str | None,
+        body: bytes,
+        now: float,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> Answer | Waiting:
+        """Decide everything about the answer to a request that arrives now, or have it wait for its turn.
+
+        The names of `headers` are in lower case, or the mapping does not mind.
+        """
+        settings = self.settings
+        path, _, query = path.partition("?")
+        listing = catalogue.is_listing(path)
+        if not listing and path not in requests.ENDPOINTS:
             return Answer(404, content_type="text/plain")
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            return self._brief(403, b'{"detail":"Not authenticated"}')
-        if self.settings.key is not None and key.strip() != self.settings.key:
-            return self._brief(401, wire.ERRORS[401])
+        if not (listing and catalogue.is_open(path)):
+            scheme, _, key = (authorization or "").partition(" ")
+            if scheme.lower() != "bearer" or not key.strip():
+                return self._brief(403, wire.ERRORS[403])
+            if settings.key is not None and key.strip() != settings.key:
+                return self._brief(401, wire.ERRORS[401])
         if method != ("GET" if listing else "POST"):
-            return self._brief(405, b'{"detail":"Method Not Allowed"}')
-        if listing:
-            return self._list_models(unquote(path.removeprefix("/v1/models").removeprefix("/")))
+            return self._brief(405, wire.ERRORS[405])
         try:
-            question = (wire.CHAT if path == "/v1/chat/completions" else wire.COMPLETION).decode(body).question()
-        except ValidationError as wrong:
-            return self._brief(400, wire.invalid_as(wrong))
-        except (DecodeError, UnicodeDecodeError):
-            return self._brief(400, wire.invalid("The body is not valid JSON."))
-        if question.model not in self.settings.models:
-            return self._brief(404, wire.no_model(question.model))
+            if listing:
+                limits = {model: settings.limits_of(model, "default") for model in settings.models}
+                return self._brief(200, catalogue.listed(path, query, limits))
+            question, body = requests.read(path, headers, body, settings.encodings)
+            if question.model not in settings.models:
+                raise wire.RefusedError(404, wire.no_model(question.model))
+            catalogue.refuse(question)
+        except wire.RefusedError as refused:
+            return self._brief(refused.status, refused.body)
         return self._admit(question, body, now)
 
     def advance(self, now: float) -> list[Waiting]:
@@ -413,14 +424,6 @@ class Service:
         """An answer for which no text is made and nothing is charged."""
         return Answer(status, body, delay=self.settings.latency, model=model, tier=tier, retry_after=wait)
 
-    def _list_models(self, name: str) -> Answer:
-        if not name:
-            listed = [wire.Model(id=model) for model in self.settings.models]
-            return self._brief(200, wire.ENCODER.encode({"object": "list", "data": listed}))
-        if name not in self.settings.models:
-            return self._brief(404, wire.no_model(name))
-        return self._brief(200, wire.ENCODER.encode(wire.Model(id=name)))
-
     def _buckets(self, model: str, tier: str, now: float) -> quota.Buckets:
         """The buckets of a model and tier as of now; full when first asked for."""
         whose = model, "flex" if tier == "flex" else "default"
@@ -454,7 +457,11 @@ class Service:
         fault = self._draw_fault(digest)
         if fault is not None and fault in _FAILURES:
             return self._fail(fault, _FAILURES[fault], question, tier, charged)
-        said = _say(question, fault, self._key)
+        if not question.stream and fault in _OF_STREAMS:
+            fault = None
+        ending = "" if fault != Fault.SURROGATE else _ENDING_IN_JSON if question.json else _ENDING
+        misfits = fault == Fault.INVALID
+        said = speech.say(question, self._key, settings.answers, ending=ending, misfits=misfits)
         pace = 1 + settings.jitter * (2 * _share(digest[:8]) - 1)
         takes = sum(self._seconds(question.tokens, said)) * pace
         waiting = Waiting(tier, takes, question, digest, fault, said, charged, now, replica, pace)
@@ -613,19 +620,21 @@ class Service:
         served = base + prompt_time + completion_time
         created = self.epoch + waiting.arrived
         self._answered += 1
+        given = speech.given(question, said)
         completed = wire.Completed(
             id=f"{'chatcmpl' if question.chat else 'cmpl'}-{waiting.digest.hex()[:16]}-{self._answered}",
             object="chat.completion" if question.chat else "text_completion",
             created=int(created),
             model=question.model,
             system_fingerprint=f"fp_{settings.seed & 0xFFFFFFFFFF:010x}",
-            choices=[] if fault == Fault.EMPTY else [one.choice(i, question.chat) for i, one in enumerate(said)],
+            choices=[] if fault == Fault.EMPTY else [one.choice(i, question) for i, one in enumerate(given)],
             usage=wire.Usage(
                 prompt_tokens=prompt_tokens,
                 completion_tokens=completion_tokens,
                 total_tokens=used,
-                completion_tokens_details=wire.CompletionDetails(sum(one.reasoning_tokens for one in said)),
+                completion_tokens_details=_details(question, said),
                 prompt_tokens_details=wire.PromptDetails(cached),
+                image_tokens=question.image_tokens or UNSET,
             ),
             time_info=wire.TimeInfo(queue_time, prompt_time, completion_time, queue_time + served, created),
             service_tier=question.tier if question.chat else UNSET,
@@ -643,13 +652,20 @@ class Service:
             settled=waiting.charged if kept else used,
             settled_uncached=waiting.charged if kept else used - cached,
             prompt=question.prompts[0],
-            content=said[0].content,
+            content=given[0].text(),
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             cached_tokens=cached,
             queue_time=queue_time,
         )
-        return answer if fault is None else _spoil(answer, settings), now + served
+        if question.stream:
+            answer = replace(
+                answer,
+                content_type=stream.CONTENT_TYPE,
+                pieces=stream.pieces(completed, given, question, settings.final_chunk, completion_time),
+                delay=answer.delay - completion_time,
+            )
+        return answer if fault is None else _spoil(answer, settings, waiting.digest), now + served
 
 
 def _is_bounded(settings: Settings) -> bool:
@@ -671,73 +687,53 @@ def _share_at(course: Course, seconds: float) -> float:
     return before[1] + (after[1] - before[1]) * (seconds - before[0]) / (after[0] - before[0])
 
 
-def _say(question: wire.Question, fault: str | None, key: bytes) -> list[Said]:
-    """The choices of an answer; the same words for the same model, seed and prompt, whatever the other parameters."""
-    asked = f"{question.model}\0{question.seed}\0{question.text}".encode()
-    draw = Random(int.from_bytes(blake2b(asked, key=key, digest_size=16).digest()))
-    ending = "" if fault != Fault.SURROGATE else _ENDING_IN_JSON if question.json else _ENDING
-    said: list[Said] = []
-    for prompt in map(answers.Prompt, question.prompts):
-        for _ in range(question.n):
-            thoughts = (f"It says: {answers.sentence(prompt, draw)}" for _ in range(_EFFORTS.get(question.effort, 0)))
-            reasoning = " ".join(thoughts)
-            if not question.json:
-                content = answers.text(prompt, draw, ending)
-            elif question.schema is None:
-                content = _in_json(answers.json_object(prompt, draw, ending), fault, "object", draw)
-            else:
-                value = answers.fitting(question.schema, prompt, draw, ending)
-                content = _in_json(value, fault, question.schema.get("type"), draw)
-            said.append(_capped(reasoning, content, question.cap))
-            if ending and ending not in said[-1].content:
-                said[-1].content += _ENDING
-    return said
+def _details(question: wire.Question, said: Sequence[Said]) -> wire.CompletionDetails:
+    """What the completion's tokens were."""
+    predicted = question.prediction is not None
+    return wire.CompletionDetails(
+        sum(one.reasoning_tokens for one in said),
+        sum(one.accepted for one in said) if predicted else UNSET,
+        sum(one.rejected for one in said) if predicted else UNSET,
+    )
 
 
-def _in_json(value: answers.Json, fault: str | None, root: answers.Json, draw: Random) -> str:
-    """The content that carries a value; by the fault `invalid` a list where an object belongs, or talk around it."""
-    if fault != Fault.INVALID:
-        return wire.ENCODER.encode(value).decode()
-    if root == "object" and draw.random() < 0.5:
-        return wire.ENCODER.encode([value]).decode()
-    return f"Sure, here it is: {wire.ENCODER.encode(value).decode()}"
-
-
-def _capped(reasoning: str, content: str, cap: int | None) -> Said:
-    """A choice within its cap; reasoning counts first."""
-    thought, spoken, finish_reason = wire.tokens(reasoning), wire.tokens(content), "stop"
-    if cap is not None and thought + spoken > cap:
-        finish_reason = "length"
-        reasoning, thought = _first(reasoning, thought, cap)
-        content, spoken = _first(content, spoken, cap - thought)
-    return Said(reasoning, thought, content, thought + spoken, finish_reason)
-
-
-def _first(text: str, size: int, cap: int) -> tuple[str, int]:
-    """As much of a text as so many tokens hold, and how many it has."""
-    return (text, size) if size <= cap else (text.encode()[: cap * wire.BYTES_PER_TOKEN].decode(errors="ignore"), cap)
-
-
-def _spoil(answer: Answer, settings: Settings) -> Answer:
+def _spoil(answer: Answer, settings: Settings, digest: bytes) -> Answer:
     """A good answer as its fault leaves it."""
-    half = len(answer.body) // 2
+    half = (sum(len(piece.data) for piece in answer.pieces) or len(answer.body)) // 2
     match answer.fault:
         case Fault.EMPTY:
             return replace(answer, content=None)
         case Fault.MALFORMED:
-            return replace(answer, content=None, body=answer.body[:half])
+            pieces = stream.malformed(answer.pieces) if answer.pieces else ()
+            return replace(answer, content=None, body=answer.body[: len(answer.body) // 2], pieces=pieces)
         case Fault.CUT:
             return replace(answer, content=None, ends_after=half)
         case Fault.HANG:
-            return replace(answer, content=None, status=0, body=b"", delay=settings.hang)
+            return replace(answer, content=None, status=0, body=b"", pieces=(), delay=settings.hang)
         case Fault.SLOW:
             return replace(answer, delay=answer.delay + settings.slow)
         case Fault.SURROGATE:
-            body = answer.body
-            for mark, spoiled in _SPOILED_BYTES.items():
-                body = body.replace(mark, spoiled)
-            return replace(answer, body=body, content=(answer.content or "").translate(_SPOILED))
+            content = (answer.content or "").translate(_SPOILED)
+            pieces = tuple(stream.Piece(at, _spoil_bytes(data)) for at, data in answer.pieces)
+            return replace(answer, body=_spoil_bytes(answer.body), pieces=pieces, content=content)
+        case StreamFault.BROKEN:
+            status = stream.ERROR_STATUS
+            pieces = stream.broken(answer.pieces, wire.ERRORS[status], named=digest[-1] % 2 == 0)
+            return replace(answer, content=None, error=status, body=wire.ERRORS[status], pieces=pieces)
+        case StreamFault.STALL:
+            return replace(answer, content=None, ends_after=half, stalls=settings.hang)
+        case StreamFault.UNDONE:
+            return replace(answer, content=None, pieces=stream.undone(answer.pieces))
+        case StreamFault.RAGGED:
+            return replace(answer, pieces=stream.ragged(answer.pieces))
     return answer
+
+
+def _spoil_bytes(data: bytes) -> bytes:
+    """The marks of a spoiled text as what they stand for."""
+    for mark, spoiled in _SPOILED_BYTES.items():
+        data = data.replace(mark, spoiled)
+    return data
 
 
 def _share(digest: bytes) -> float:

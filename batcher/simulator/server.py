@@ -1,5 +1,6 @@
 """The simulated service over HTTP: it does on real sockets what the model decides."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -35,7 +36,8 @@ class Simulator(Front):
         """One request, from its body to its answer or to the fault in its place."""
         body = await request.content.read()
         authorization = request.headers.get("Authorization")
-        return await self.ask(request.method, request.path, authorization, body, partial(_send, request))
+        deliver = partial(_send, request)
+        return await self.ask(request.method, request.path_qs, authorization, body, deliver, request.headers)
 
 
 async def _send(request: web.BaseRequest, answer: Answer, headers: dict[str, str]) -> web.StreamResponse:
@@ -47,6 +49,8 @@ async def _send(request: web.BaseRequest, answer: Answer, headers: dict[str, str
             transport.abort()
         return web.Response()
     headers["Content-Type"] = answer.content_type
+    if answer.pieces:
+        return await _stream(request, answer, headers)
     if answer.ends_after is None:
         response = web.Response(status=answer.status, body=answer.body, headers=headers)
         await response.prepare(request)
@@ -58,6 +62,31 @@ async def _send(request: web.BaseRequest, answer: Answer, headers: dict[str, str
     await begun.write(answer.body[: answer.ends_after])
     if transport is not None:
         transport.close()
+    return begun
+
+
+async def _stream(request: web.BaseRequest, answer: Answer, headers: dict[str, str]) -> web.StreamResponse:
+    """Hand the pieces of a stream to the network, each at its time, as far as its fault lets it go."""
+    begun = web.StreamResponse(status=answer.status, headers=headers)
+    begun.enable_chunked_encoding()
+    await begun.prepare(request)
+    now = asyncio.get_running_loop().time
+    start = now()
+    left = answer.ends_after
+    for at, data in answer.pieces:
+        if (pause := start + at - now()) > 0:
+            await asyncio.sleep(pause)
+        if left is not None and len(data) >= left:
+            await begun.write(data[:left])
+            break
+        await begun.write(data)
+        left = None if left is None else left - len(data)
+    if answer.whole:
+        await begun.write_eof()
+    else:
+        await asyncio.sleep(answer.stalls)
+        if request.transport is not None:
+            request.transport.close()
     return begun
 
 

@@ -1,11 +1,13 @@
 """The simulated service without a network: a transport in process, in whatever time the event loop keeps."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from batcher.records import Failure, Kind, Reply, Request, Timing
 from batcher.simulator.front import Front
 from batcher.simulator.model import Answer
+from batcher.simulator.stream import StreamFault
 
 _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
@@ -13,16 +15,25 @@ _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 class ModelTransport:
     """Requests to a `front`, as its client: what breaks comes back as the failures that sockets would give.
 
-    `refusal` says what an answer with another status than 200 means: the dialect's own. `timeout` is in seconds.
+    `refusal` says what an answer with another status than 200 means: the dialect's own. `timeout` is in seconds,
+    `headers` go with every request. A streamed answer comes as the one that it would be without streaming.
     """
 
-    def __init__(self, front: Front, authorization: str, timeout: float, refusal: Callable[[Reply], Failure]) -> None:
+    def __init__(
+        self,
+        front: Front,
+        authorization: str,
+        timeout: float,
+        refusal: Callable[[Reply], Failure],
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.unreachable: Kind | None = None
         """What every attempt to connect ends with now, and every connection is lost; None: all is well."""
         self._front = front
         self._authorization = authorization
         self._timeout = timeout
         self._refusal = refusal
+        self._headers = headers
         self._kept = 0  # connections that wait for their next request
 
     async def send(self, request: Request) -> Reply | Failure:
@@ -48,13 +59,19 @@ class ModelTransport:
             if self.unreachable is not None or not answer.status:
                 raise ConnectionResetError
             begun.append(answer.status)
+            first = now() - began if answer.pieces else None
+            if answer.pieces:
+                await asyncio.sleep(answer.pieces[-1].at)
             if not answer.whole:
+                await asyncio.sleep(answer.stalls)
                 raise ConnectionResetError
-            return Reply(answer.status, headers, answer.body, Timing(sent_at, now() - began))
+            if answer.fault == StreamFault.UNDONE:
+                raise ConnectionResetError
+            return Reply(answer.error or answer.status, headers, answer.body, Timing(sent_at, now() - began, first))
 
         try:
             async with asyncio.timeout(self._timeout):
-                reply = await self._front.ask(method, path, self._authorization, body, deliver)
+                reply = await self._front.ask(method, path, self._authorization, body, deliver, self._headers)
         except TimeoutError:
             message = f"no answer within {self._timeout:g} s"
             return Failure(Kind.TIMEOUT, message, Timing(sent_at, now() - began), paid=True)

@@ -2,10 +2,9 @@
 
 import re
 from http import HTTPStatus
-from typing import Annotated, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType, ValidationError
+from msgspec import UNSET, Struct, UnsetType, ValidationError
 
 from batcher.simulator import answers
 
@@ -18,50 +17,21 @@ def tokens(text: str) -> int:
     return -(-size // BYTES_PER_TOKEN)
 
 
-class Part(Struct):
-    """A part of a message's content; only text is read."""
+class RefusedError(Exception):
+    """A request is refused as it stands: the status, and the body that says why."""
 
-    type: str
-    text: str = ""
-
-
-class Message(Struct):
-    """One message of a chat request."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
-
-    def text(self) -> str:
-        """The content as one text."""
-        if isinstance(self.content, list):
-            return "\n".join(part.text for part in self.content)
-        return self.content or ""
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(status)
+        self.status = status
+        self.body = body
 
 
-class JsonSchema(Struct):
-    """The schema that an answer has to fit."""
+class Tool(Struct, frozen=True):
+    """A function that the model may call."""
 
     name: str
-    schema: Raw = Raw(b"null")
-
-
-class Format(Struct):
-    """The form that an answer has to have."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    def schema(self) -> answers.Schema | None:
-        """The schema asked for, if any."""
-        if self.type != "json_schema":
-            return None
-        if self.json_schema is None:
-            raise ValidationError("Object missing required field `json_schema` - at `$.response_format`")
-        raw = bytes(self.json_schema.schema)
-        try:
-            return None if raw == b"null" else answers.read_schema(raw)
-        except ValidationError:
-            raise ValidationError("Expected `object` - at `$.response_format.json_schema.schema`") from None
+    description: str
+    parameters: answers.Schema
 
 
 class Question(Struct, frozen=True):
@@ -83,102 +53,112 @@ class Question(Struct, frozen=True):
     cache_key: str | None = None
     prefix: str = ""  # all that the model reads in the order in which it does, tools first
     prediction: str | None = None
+    tools: tuple[Tool, ...] = ()
+    choice: str = "auto"  # none, auto, required, or the tool's name after a colon
+    parallel: bool = True
+    after_tool: bool = False  # the last message is a tool's answer
+    format: str = "text_parsed"  # of the reasoning
+    logprobs: int | None = None  # likely tokens told beside each; None: no probabilities at all
+    stop: tuple[str, ...] = ()
+    least: int = 0  # completion tokens of a choice; -1: as many as it can have
+    kept: int | None = None  # of the n choices, where not all are given back
+    echo: bool = False
+    raw: bool = False  # numbers of tokens instead of text
+    images: int = 0
+    image_tokens: int = 0  # in `tokens` too
+    stream: bool = False
+    include_usage: bool = False
 
 
-class Parameters(Struct):
-    """The parameters that both endpoints have, with the ranges that the service checks."""
+class Called(Struct, frozen=True):
+    """The function of a tool call; in a stream a part of it."""
 
-    model: str
-    max_tokens: Annotated[int, Meta(ge=-1)] | None = None
-    n: Annotated[int, Meta(ge=1, le=128)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    stop: str | Annotated[list[str], Meta(max_length=4)] | None = None
-    seed: int | None = None
-    user: str | None = None
-    stream: bool | None = None
-
-    def refuse_stream(self) -> None:
-        """Raises ValidationError for a request that cannot be answered whole."""
-        if self.stream:
-            raise ValidationError("This simulator does not stream - at `$.stream`")
+    arguments: str
+    name: str | UnsetType = UNSET
 
 
-class ChatRequest(Parameters, kw_only=True):
-    """The body of POST /v1/chat/completions."""
+class Call(Struct, frozen=True):
+    """A tool call; in a stream a part of it, which has an index."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
-    max_completion_tokens: Annotated[int, Meta(ge=-1)] | None = None
-    response_format: Format | None = None
-    reasoning_effort: Literal["none", "low", "medium", "high"] | None = None
-
-    def question(self) -> Question:
-        """What is asked; raises ValidationError where fields do not go together."""
-        self.refuse_stream()
-        last, texts = "", []
-        for position, message in enumerate(self.messages):
-            if message.content is None and message.role != "assistant":
-                raise ValidationError(f"Expected `str | array`, got `null` - at `$.messages[{position}].content`")
-            texts.append(message.text())
-            if message.role == "user":
-                last = texts[-1]
-        cap = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        form = self.response_format
-        text = "\n".join(texts)
-        return Question(
-            model=self.model,
-            chat=True,
-            text=text,
-            tokens=tokens(text),
-            prompts=[last or texts[-1]],
-            n=self.n or 1,
-            cap=None if cap == -1 else cap,
-            seed=self.seed,
-            json=form is not None and form.type != "text",
-            schema=None if form is None else form.schema(),
-            effort=self.reasoning_effort,
-        )
-
-
-class CompletionRequest(Parameters, kw_only=True):
-    """The body of POST /v1/completions."""
-
-    prompt: str | Annotated[list[str], Meta(min_length=1)]
-
-    def question(self) -> Question:
-        """What is asked; raises ValidationError where fields do not go together."""
-        self.refuse_stream()
-        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        text = "\n".join(prompts)
-        return Question(
-            model=self.model,
-            chat=False,
-            text=text,
-            tokens=tokens(text),
-            prompts=prompts,
-            n=self.n or 1,
-            cap=None if self.max_tokens == -1 else self.max_tokens,
-            seed=self.seed,
-        )
+    function: Called
+    id: str | UnsetType = UNSET
+    type: str = "function"
+    index: int | UnsetType = UNSET
 
 
 class Reply(Struct, frozen=True):
     """The message of a choice."""
 
     role: str
-    content: str
+    content: str | None
     reasoning: str | UnsetType = UNSET
+    tool_calls: list[Call] | UnsetType = UNSET
+
+
+class Likely(Struct, frozen=True):
+    """A token that was likely at a place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class Sampled(Struct, frozen=True):
+    """The token that was taken at a place, and the likely ones there."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[Likely]
+
+
+class Logprobs(Struct, frozen=True):
+    """The log probabilities of a chat choice."""
+
+    content: list[Sampled]
+    refusal: None = None
+
+
+class TextLogprobs(Struct, frozen=True):
+    """The log probabilities of a choice of the completions endpoint: a list per property, a member per token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
 
 
 class Choice(Struct, frozen=True):
-    """One choice of either endpoint: a message, or a text."""
+    """One choice of either endpoint: a message, or a text or its tokens."""
 
     index: int
     finish_reason: str
     message: Reply | UnsetType = UNSET
+    text: str | UnsetType | None = UNSET
+    tokens: list[int] | UnsetType = UNSET
+    logprobs: object = UNSET  # Logprobs, or TextLogprobs at the completions endpoint
+    reasoning_logprobs: Logprobs | UnsetType = UNSET
+
+
+class Delta(Struct, frozen=True):
+    """What a chunk adds to a message."""
+
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[Call] | UnsetType = UNSET
+
+
+class ChunkChoice(Struct, frozen=True):
+    """What a chunk adds to a choice of either endpoint."""
+
+    index: int
+    delta: Delta | UnsetType = UNSET
     text: str | UnsetType = UNSET
+    tokens: list[int] | UnsetType = UNSET
+    finish_reason: str | None = None
+    logprobs: object = UNSET  # Logprobs, or TextLogprobs at the completions endpoint
+    reasoning_logprobs: Logprobs | UnsetType = UNSET
 
 
 class PromptDetails(Struct, frozen=True):
@@ -203,6 +183,7 @@ class Usage(Struct, frozen=True):
     total_tokens: int
     completion_tokens_details: CompletionDetails
     prompt_tokens_details: PromptDetails = PromptDetails()
+    image_tokens: int | UnsetType = UNSET
 
 
 class TimeInfo(Struct, frozen=True):
@@ -230,13 +211,19 @@ class Completed(Struct, frozen=True):
     service_tier_used: str | UnsetType = UNSET
 
 
-class Model(Struct, frozen=True):
-    """An entry of GET /v1/models."""
+class Chunk(Struct, frozen=True):
+    """One event of a streamed answer."""
 
     id: str
-    object: str = "model"
-    created: int = 0
-    owned_by: str = "Cerebras"
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    usage: Usage | UnsetType = UNSET
+    time_info: TimeInfo | UnsetType = UNSET
+    service_tier: str | UnsetType | None = UNSET
+    service_tier_used: str | UnsetType = UNSET
 
 
 def error_body(message: str, type: str, param: str, code: str) -> bytes:
@@ -251,12 +238,27 @@ def _error(status: int) -> bytes:
             return invalid("The request was rejected.")
         case 401:
             return error_body("Wrong API Key", "invalid_request_error", "api_key", "wrong_api_key")
+        case 403:
+            return b'{"detail":"Not authenticated"}'
+        case 405:
+            return b'{"detail":"Method Not Allowed"}'
+        case 422:
+            return b'{"detail":"Unprocessable Entity"}'
+        case 502:
+            return b"<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>"
+        case 504:
+            return b""
         case 429:
             return QUOTA_EXCEEDED["requests-minute"]
     known = status in {known.value for known in HTTPStatus}
     phrase = HTTPStatus(status).phrase if known else "Server Error" if status >= 500 else "Client Error"
     code = re.sub(r"\W+", "_", phrase.lower())
     return error_body(f"{phrase}.", "server_error" if status >= 500 else f"{code}_error", "", code)
+
+
+def error_type(status: int) -> str:
+    """The content type of the body in `ERRORS`."""
+    return "text/html" if status in (502, 504) else "application/json"
 
 
 def invalid(message: str, param: str = "") -> bytes:
@@ -267,7 +269,7 @@ def invalid(message: str, param: str = "") -> bytes:
 def invalid_as(wrong: ValidationError) -> bytes:
     """The body of a 400 from msgspec's words: what is wrong, and in which parameter."""
     message, _, path = str(wrong).partition(" - at `$")
-    missing = re.search(r"missing required field `(\w+)`", message)
+    missing = re.search(r"(?:missing required|contains unknown) field `([^`]+)`", message)
     param = f"{path.rstrip('`')}.{missing[1]}" if missing else path.rstrip("`")
     return invalid(message, param.removeprefix("."))
 
@@ -301,6 +303,4 @@ QUEUE_EXCEEDED = error_body(
 )
 ERRORS = {status: _error(status) for status in range(400, 600)}
 PAGE = b"<!DOCTYPE html><html><head><title>Sign in</title></head><body><h1>Sign in to the network</h1></body></html>"
-CHAT = msgspec.json.Decoder(ChatRequest)
-COMPLETION = msgspec.json.Decoder(CompletionRequest)
 ENCODER = msgspec.json.Encoder()
