@@ -79,9 +79,11 @@ class Front:
             try:
                 if (rest := arrived + answer.delay - self._now()) > 0:
                     await asyncio.sleep(rest)
-            finally:  # a client that has given up has had its answer made all the same
-                begun = replace(answer, charged=0) if answer.pieces else answer
-                told = self.service.settle(begun, self._now())
+            except asyncio.CancelledError:  # a client that has given up has had its answer made all the same
+                self.service.settle(answer, self._now())
+                raise
+            begun = replace(answer, charged=0) if answer.pieces else answer
+            told = self.service.settle(begun, self._now())
             status = answer.status or None
             try:
                 delivered = await deliver(answer, told)

@@ -107,9 +107,7 @@ class Settings:
     requests_per_day: int | None = None
     tokens_per_minute: int | Literal["plan"] | None = "plan"  # all; by plan 3 for each uncached one
     uncached_tokens_per_minute: int | Literal["plan"] | None = "plan"  # none where only the one above is stated
-    limits: Mapping[str, int | None] = field(
-        default_factory=dict
-    )  # [MODEL:][TIER:]BUCKET -> limit, over the ones above
+    limits: Mapping[str, int | None] = field(default_factory=dict)  # [MODEL:][TIER:]BUCKET -> limit, over those above
     flex_limits: float = 5.0  # how many times the others' limits flex has
     others: float = 0.0  # the share of every limit's refill that other clients of the account use
     assumed_completion_tokens: int = 16_384  # charged at first for a request without max_completion_tokens
@@ -237,6 +235,7 @@ _FAILURES: dict[str, tuple[int, bytes, str]] = {  # faults without an answer of 
 _FAULTS = {*Fault, *StreamFault, *_FAILURES}
 _OF_STREAMS = frozenset(StreamFault)
 _TIERS = f"known are {', '.join(queues.TIERS)}"
+_SPARED, _WASTED = 0.75, 0.9  # of the time of a token: where it was predicted, and where that was in vain
 _AVERAGED = 10.0  # seconds whose queue times are what is expected of the next one
 
 # msgspec cannot encode a lone surrogate, so the text carries private-use characters that are replaced on the wire.
@@ -371,7 +370,7 @@ class Service:
             catalogue.refuse(question)
         except wire.RefusedError as refused:
             return self._brief(refused.status, refused.body)
-        return self._admit(question, body, now)
+        return self.admit(question, body, now)
 
     def advance(self, now: float) -> list[Waiting]:
         """Those that wait no longer, since the last time this was asked."""
@@ -433,7 +432,7 @@ class Service:
         buckets.refill(now, self.settings.others)
         return buckets
 
-    def _admit(self, question: wire.Question, body: bytes, now: float) -> Answer | Waiting:
+    def admit(self, question: wire.Question, body: bytes, now: float) -> Answer | Waiting:
         """Charge the limits and answer or queue, or refuse and charge nothing."""
         settings = self.settings
         self._flow(now)
@@ -491,7 +490,7 @@ class Service:
         settings = self.settings
         buckets = self._buckets(question.model, tier, now)
         if (short := buckets.shortage(charged)) is not None:
-            paired = short.bucket.startswith("tokens") and "uncached-tokens-minute" in buckets.levels()
+            paired = f"uncached-{short.bucket}" in buckets.levels()
             body = wire.QUOTA_EXCEEDED[f"total-{short.bucket}" if paired else short.bucket]
             return self._brief(429, body, question.model, tier, short.wait)
         if not self._bounded:
@@ -499,10 +498,7 @@ class Service:
         wait = self._lines[replica].wait(tier, now)
         limit, expected = settings.queue_limit, wait
         if question.threshold is not None and question.tier in ("flex", "auto"):
-            mean = self._queued[tier].mean(now)
-            if mean is not None and wait <= max(limit, question.threshold):
-                expected = mean
-            limit = question.threshold
+            limit, expected = question.threshold, max(wait, self._queued[tier].mean(now) or 0.0)
         if expected > limit:
             return self._brief(429, wire.QUEUE_EXCEEDED, question.model, tier, expected - limit)
         return None
@@ -564,7 +560,7 @@ class Service:
     def _seconds(self, prompt_tokens: int, said: list[Said]) -> tuple[float, float, float]:
         """How long an answer takes besides waiting: at least, for its prompt, and for what is said."""
         settings = self.settings
-        longest = max(one.tokens for one in said)
+        longest = max(one.tokens - _SPARED * one.accepted - _WASTED * one.rejected for one in said)
         return (
             settings.latency,
             prompt_tokens * settings.seconds_per_prompt_token,
