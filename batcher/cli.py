@@ -485,6 +485,19 @@ def simulator(
         list[str] | None,
         typer.Option("--fault", metavar="KIND=SHARE", help="A share of faulty answers, such as 500=0.05; repeatable."),
     ] = None,
+    encodings: Annotated[
+        str,
+        typer.Option(metavar="NAMES", help="Of request bodies, besides plain JSON: msgpack,gzip or fewer, or none."),
+    ] = "msgpack,gzip",
+    final_chunk: Annotated[
+        Literal["asked", "together", "apart"],
+        typer.Option(help="Where a stream tells its usage: with the end, in a chunk of its own, or as asked."),
+    ] = "asked",
+    answers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Recorded answers to say, as JSON lines or Parquet.")
+    ] = None,
+    question_column: Annotated[str, typer.Option(help="The column of its questions.")] = "question",
+    answer_column: Annotated[str, typer.Option(help="The column of its answers.")] = "answer",
     seed: Annotated[int, typer.Option(help="Decides which requests meet a fault.")] = 0,
 ) -> None:
     """Serve a simulated service, to try jobs against without a key."""
@@ -517,6 +530,9 @@ def simulator(
             cache_tokens=cache_tokens,
             cache_lifetime=cache_lifetime,
             faults=dict(map(service.parse_fault, faults or [])),
+            encodings=() if encodings == "none" else tuple(encodings.split(",")),
+            final_chunk=final_chunk,
+            answers=None if answers is None else service.load_answers(answers, question_column, answer_column),
             seed=seed,
         )
     except ValueError as error:

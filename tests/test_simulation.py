@@ -13,7 +13,17 @@ import pytest
 
 from batcher import dialects
 from batcher.records import Failure, Kind, Reply, Request
-from batcher.simulator import Entry, Fault, Front, ModelTransport, NothingLeftError, Settings, VirtualLoop, running
+from batcher.simulator import (
+    Entry,
+    Fault,
+    Front,
+    ModelTransport,
+    NothingLeftError,
+    Settings,
+    StreamFault,
+    VirtualLoop,
+    running,
+)
 from batcher.transport import HttpTransport
 from tests import simulation
 
@@ -183,11 +193,11 @@ def test_a_signal_reaches_who_heeds_it() -> None:
 # The service in process
 
 
-def request(text: str = "Say something.") -> Request:
+def request(text: str = "Say something.", stream: bool = False) -> Request:
     """A request as the engine makes it."""
     messages = [{"role": "user", "content": text}]
-    body = msgspec.json.encode({"model": "gpt-oss-120b", "messages": messages, "max_tokens": 64})
-    return Request(0, 0, "gpt-oss-120b", body, 10, 64, b"")
+    body = msgspec.json.encode({"model": "gpt-oss-120b", "messages": messages, "max_tokens": 64, "stream": stream})
+    return Request(0, 0, "gpt-oss-120b", body, 10, 64, b"", stream=stream)
 
 
 def plain(told: Reply | Failure) -> tuple[object, ...]:
@@ -202,27 +212,27 @@ def plain(told: Reply | Failure) -> tuple[object, ...]:
     return told.kind, told.status, told.type, told.code, told.paid, told.retry_after, told.body
 
 
-def in_process(settings: Settings, timeout: float, times: int) -> list[tuple[object, ...]]:
+def in_process(settings: Settings, timeout: float, times: int, stream: bool) -> list[tuple[object, ...]]:
     """What requests one after the other end with, without a network."""
 
     async def main() -> list[tuple[object, ...]]:
         front = Front(settings, asyncio.get_running_loop().time, 1_790_000_000.0, record=True)
         refusal = dialects.named("cerebras").refusal
         transport = ModelTransport(front, "Bearer key", timeout, refusal)
-        return [plain(await transport.send(request())) for _ in range(times)]
+        return [plain(await transport.send(request(stream=stream))) for _ in range(times)]
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(main())
 
 
-def over_sockets(settings: Settings, timeout: float, times: int) -> list[tuple[object, ...]]:
+def over_sockets(settings: Settings, timeout: float, times: int, stream: bool) -> list[tuple[object, ...]]:
     """The same over HTTP."""
 
     async def main(url: str) -> list[tuple[object, ...]]:
         headers = {"Authorization": "Bearer key"}
         transport = HttpTransport(url, headers, dialects.named("cerebras"), timeout)
         try:
-            return [plain(await transport.send(request())) for _ in range(times)]
+            return [plain(await transport.send(request(stream=stream))) for _ in range(times)]
         finally:
             await transport.close()
 
@@ -230,13 +240,14 @@ def over_sockets(settings: Settings, timeout: float, times: int) -> list[tuple[o
         return asyncio.run(main(service.url))
 
 
-@pytest.mark.parametrize("kind", [None, *Fault, "400", "401", "404", "429", "500", "503", "529"])
-def test_what_breaks_in_process_breaks_as_over_sockets(kind: str | None) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", [None, *Fault, *StreamFault, "400", "401", "404", "429", "500", "503", "529"])
+def test_what_breaks_in_process_breaks_as_over_sockets(kind: str | None, stream: bool) -> None:
     """Each fault gives the same kind, status, words and body on both ways, on a new connection and on a kept one."""
     faults = {} if kind is None else {str(kind): 0.6}
     settings = Settings(faults=faults, latency=0.001, slow=0.01, hang=30.0, seed=4, retry_after=True)
     timeout = 0.3
-    assert in_process(settings, timeout, 6) == over_sockets(settings, timeout, 6)
+    assert in_process(settings, timeout, 6, stream) == over_sockets(settings, timeout, 6, stream)
 
 
 def test_who_cannot_connect_is_told_so() -> None:

@@ -251,8 +251,7 @@ class Answer(Struct, frozen=True):
     status: int  # 0: nothing is sent, the connection is reset
     body: bytes = b""
     content_type: str = "application/json"
-    pieces: tuple[stream.Piece, ...] = ()  # what is sent of a stream; the body is the answer without streaming
-    error: int | None = None  # the status in an error event that ends the stream; the body is that error
+    pieces: tuple[stream.Piece, ...] = ()  # what is sent of a stream; the body is what it comes to
     ends_after: int | None = None  # bytes of the body, or of the pieces, after which the connection ends
     stalls: float = 0.0  # seconds before it does
     delay: float = 0.0  # seconds between the request and this answer, of a stream its beginning
@@ -700,8 +699,10 @@ def _spoil(answer: Answer, settings: Settings, digest: bytes) -> Answer:
         case Fault.EMPTY:
             return replace(answer, content=None)
         case Fault.MALFORMED:
-            pieces = stream.malformed(answer.pieces) if answer.pieces else ()
-            return replace(answer, content=None, body=answer.body[: len(answer.body) // 2], pieces=pieces)
+            if answer.pieces:
+                pieces, rest = stream.malformed(answer.pieces)
+                return replace(answer, content=None, body=rest, pieces=pieces)
+            return replace(answer, content=None, body=answer.body[:half])
         case Fault.CUT:
             return replace(answer, content=None, ends_after=half)
         case Fault.HANG:
@@ -713,9 +714,8 @@ def _spoil(answer: Answer, settings: Settings, digest: bytes) -> Answer:
             pieces = tuple(stream.Piece(at, _spoil_bytes(data)) for at, data in answer.pieces)
             return replace(answer, body=_spoil_bytes(answer.body), pieces=pieces, content=content)
         case StreamFault.BROKEN:
-            status = stream.ERROR_STATUS
-            pieces = stream.broken(answer.pieces, wire.ERRORS[status], named=digest[-1] % 2 == 0)
-            return replace(answer, content=None, error=status, body=wire.ERRORS[status], pieces=pieces)
+            pieces = stream.broken(answer.pieces, stream.ERROR, named=digest[-1] % 2 == 0)
+            return replace(answer, content=None, body=stream.ERROR, pieces=pieces)
         case StreamFault.STALL:
             return replace(answer, content=None, ends_after=half, stalls=settings.hang)
         case StreamFault.UNDONE:

@@ -15,7 +15,7 @@ from batcher.simulator.wire import Call, Called, ChunkChoice, Delta
 CONTENT_TYPE = "text/event-stream"
 DONE = b"data: [DONE]\n\n"
 SIZES = (1, 3, 5, 8, 5, 3)  # tokens of a choice's chunks, again and again
-ERROR_STATUS = 500  # what an error in the middle of a stream says it is
+ERROR = b'{"error":%s,"status_code":500}' % wire.ERRORS[500]  # in the middle of a stream
 
 FinalChunk: TypeAlias = Literal["asked", "together", "apart"]
 """Where usage and times stand: in the chunk that finishes, or in one more without choices; or as the request says."""
@@ -133,8 +133,8 @@ def _groups(text: str) -> Iterator[tuple[int, str]]:
 def broken(stream: Sequence[Piece], error: bytes, named: bool) -> tuple[Piece, ...]:
     """The first half of a stream, and then an error: in an event that is named so, or in one like all others."""
     half = stream[: len(stream) // 2]
-    event = b'data: {"error":%s,"status_code":%d}\n\n' % (error, ERROR_STATUS)
-    return (*half, Piece(half[-1].at, (b"event: error\n" if named else b"") + event))
+    event = b"data: %s\n\n" % error
+    return (*half, Piece(half[-1].at, b"event: error\n" + event if named else event))
 
 
 def undone(stream: Sequence[Piece]) -> tuple[Piece, ...]:
@@ -142,11 +142,12 @@ def undone(stream: Sequence[Piece]) -> tuple[Piece, ...]:
     return tuple(stream[: len(stream) // 2])
 
 
-def malformed(stream: Sequence[Piece]) -> tuple[Piece, ...]:
-    """A stream with half an event in its middle."""
+def malformed(stream: Sequence[Piece]) -> tuple[tuple[Piece, ...], bytes]:
+    """A stream with half an event in its middle, and what that event says."""
     middle = len(stream) // 2
     at, data = stream[middle]
-    return (*stream[:middle], Piece(at, data[: len(data) // 2] + b"\n\n"), *stream[middle + 1 :])
+    rest = data[: len(data) // 2]
+    return (*stream[:middle], Piece(at, rest + b"\n\n"), *stream[middle + 1 :]), rest.removeprefix(b"data: ")
 
 
 def ragged(stream: Iterable[Piece]) -> tuple[Piece, ...]:
@@ -159,7 +160,7 @@ def ragged(stream: Iterable[Piece]) -> tuple[Piece, ...]:
             case 1:
                 data = data.replace(b"\n", b"\r\n")
             case 2:
-                data = data.replace(b"data: {", b"id: 7\ndata:{\ndata: ")
+                data = data.replace(b"data: {", b"data:{\ndata: ")
         thirds = len(data) // 3
         odd += [Piece(at, data[:thirds]), Piece(at, data[thirds : 2 * thirds]), Piece(at, data[2 * thirds :])]
     return tuple(odd)

@@ -67,7 +67,7 @@ class ModelTransport:
                 raise ConnectionResetError
             if answer.fault == StreamFault.UNDONE:
                 raise ConnectionResetError
-            return Reply(answer.error or answer.status, headers, answer.body, Timing(sent_at, now() - began, first))
+            return Reply(answer.status, headers, answer.body, Timing(sent_at, now() - began, first))
 
         try:
             async with asyncio.timeout(self._timeout):
