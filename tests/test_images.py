@@ -92,7 +92,7 @@ def test_rows_with_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         {"type": "text", "text": "What is in {{ text }}?"},
         {"type": "image_url", "image_url": {"url": "{{ text | data_uri }}"}},
     ]
-    request = {"prompt": None, "messages": [{"role": "user", "content": parts}]}
+    request = {"model": "qwen-3.8-27b", "prompt": None, "messages": [{"role": "user", "content": parts}]}
     with stories.service() as service:
         path = stories.write_job(
             tmp_path / "job",

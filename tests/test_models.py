@@ -243,8 +243,8 @@ def test_the_models_of_the_simulated_service(call: Call) -> None:
     """A list without a key; prices are those that a run would count with, and say where they are from."""
     code, out, _ = call("--base-url", "simulator")
     assert code == 0
-    assert re.search(r"^model +a run counts with$", out, re.MULTILINE)
-    assert re.search(r"^gpt-oss-120b +0.35 / 0.75 \(list of \d{4}-\d\d-\d\d\)$", out, re.MULTILINE)
+    assert re.match(r"model +context +max output +USD per million in / out .* a run counts with\n", out)
+    assert re.search(r"^gpt-oss-120b +131,072 .*  0.35 / 0.75 \(list of \d{4}-\d\d-\d\d\)", out, re.MULTILINE)
 
 
 def test_the_public_catalogue_adds_what_it_knows(call: Call, tmp_path: Path) -> None:
