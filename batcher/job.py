@@ -99,6 +99,8 @@ class RequestTemplate(Struct, frozen=True, kw_only=True):
 
 
 _SHORTHANDS = ("endpoint", "system", "prompt", "body", "extra")
+_KEY_ITSELF = re.compile(r"(?=.*\d)(?=.*[a-z])\w{24,}", re.ASCII)
+"""What nobody calls a variable: a service's key, some of which are words."""
 
 _LATER = {
     "schedule": ("deadline", "budget_usd", "dedupe", "wait"),
@@ -385,7 +387,8 @@ def read_service(given: Mapping[str, object], origin: str) -> Service:
             raise JobError(f"{origin}: service.timeout: {error}") from None
     service: Service = _section(Service, "service", values, origin)
     for key in ("api_key_env", "headers_env"):
-        if not re.fullmatch(r"[A-Za-z_]\w*", getattr(service, key) or "_", re.ASCII):
+        named = getattr(service, key) or "_"
+        if not re.fullmatch(r"[A-Za-z_]\w*", named, re.ASCII) or _KEY_ITSELF.fullmatch(named):
             raise JobError(f"{origin}: service.{key}: the name of an environment variable, never the secret itself")
     for model, price in service.prices.items():
         _check_rates(price, cast(Any, given)["prices"][model], f"service.prices.{word(model)}", origin)

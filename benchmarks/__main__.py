@@ -6,9 +6,10 @@ from benchmarks.large import large
 from benchmarks.measure import Answer, machine, raise_open_files
 from benchmarks.memory import memory
 from benchmarks.overhead import latency, overhead
+from benchmarks.payload import payload
 from benchmarks.resume import resume
 
-QUESTIONS = ("overhead", "latency", "memory", "large", "resume")
+QUESTIONS = ("overhead", "latency", "memory", "large", "resume", "payload")
 
 
 def show(answers: list[Answer]) -> None:
@@ -44,6 +45,8 @@ def main() -> None:
         answers += large(arguments.rows)
     if arguments.question in (None, "resume"):
         answers += resume(arguments.resumed, arguments.pairs)
+    if arguments.question in (None, "payload"):
+        answers += payload()
     show(answers)
 
 

@@ -397,9 +397,10 @@ def test_a_good_address_is_taken(tmp_path: Path, url: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["api_key_env", "headers_env"])
-def test_a_secret_in_place_of_its_variable_is_not_repeated(tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize("secret", ["csk-5f0c1b7d", "gsk_5f0c1b7dQx93kLmZt0aB2cD4"])
+def test_a_secret_in_place_of_its_variable_is_not_repeated(tmp_path: Path, key: str, secret: str) -> None:
     """Who writes the key itself where its variable's name belongs is told so, without the key."""
-    message = refusal(write(tmp_path, changed(f"service.{key}", "csk-5f0c1b7d")))
+    message = refusal(write(tmp_path, changed(f"service.{key}", secret)))
     assert f"service.{key}: the name of an environment variable" in message
     assert "5f0c1b7d" not in message
 

@@ -35,6 +35,7 @@ class _Delta(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     role: str | None = None
     refusal: None = None
     tool_calls: None = None
+    function_call: None = None
 
 
 class _CommonChoice(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -43,6 +44,9 @@ class _CommonChoice(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     text: Raw = Raw(b"null")
     finish_reason: None = None
     logprobs: None = None
+    reasoning_logprobs: None = None
+    stop_reason: None = None  # vLLM, as the next
+    token_ids: None = None
 
 
 class _CommonChunk(msgspec.Struct, gc=False):

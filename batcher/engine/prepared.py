@@ -18,6 +18,7 @@ from batcher.job import Job, RequestTemplate, differences
 from batcher.ledger import Ledger, open_read_only
 from batcher.parse import AnswerSchema, format_schema
 from batcher.prompt import Composer
+from batcher.redact import redactor
 from batcher.sink import FILLABLE, Shape
 from batcher.source import FileIdentity, Source, changed, open_source, open_table
 from batcher.store import Results, is_remote
@@ -28,6 +29,9 @@ _SOLE_EXPRESSION = re.compile(r"\{\{((?!\}\}).)*\}\}", re.DOTALL)
 """A text that may be one expression and keep its type: a list of prompts."""
 _OWNER, _NAME = ".ledger", "name"
 """The object that says which ledger's results lie in a store, and what that ledger keeps the same word under."""
+
+_UNMISTAKABLE = 16
+"""Characters: a shorter secret, such as the word that a local server takes for a key, may stand in a job by chance."""
 
 
 class Prepared(NamedTuple):
@@ -56,6 +60,7 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
     """
     origin = job.origin
     way = access(job.service, origin, base_url, job.schedule.queue_threshold)
+    _refuse_secrets(job, way.secrets)
     template = job.request
     parser = _parser(template, origin)
     form, note = _format(template, way.dialect)
@@ -73,6 +78,17 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
     if job.input.where is not None:
         condition = Condition(job.input.where, source.schema(source.columns), f"{origin}: input.where")
     return Prepared(job, source, condition, composer, parser, way, keep, note)
+
+
+def _refuse_secrets(job: Job, secrets: Sequence[str]) -> None:
+    """Whatever stands in the job is written into its output."""
+    redact = redactor(secret for secret in secrets if len(secret) >= _UNMISTAKABLE)
+    for text in (job.document(), *(text.encode("utf-8", "replace") for text in job.texts.values())):
+        if redact(text) != text:
+            raise JobError(
+                f"{job.origin}: the job, or a file that it names, holds the value of a secret in the environment; "
+                "take it out: the job is written into its output"
+            )
 
 
 def _source(job: Job, table: object) -> Source:
