@@ -25,7 +25,7 @@ def redactor(secrets: Iterable[str]) -> Callable[[bytes], bytes]:
         for form in forms:
             if form in data:
                 data = data.replace(form, MARK)
-        if words and _ESCAPED.search(data):
+        if b"\\" in data and words and _ESCAPED.search(data):
             data = spelled.sub(MARK, data)
         return data
 
