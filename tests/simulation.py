@@ -332,9 +332,23 @@ def some_rows(world: World) -> None:
         world.sections["input"]["sample"] = draw.randint(1, count)
 
 
+def account(world: World) -> None:
+    """What else the service may do with quota and places: keep it, hide it, share it, divide it, have less of it."""
+    draw, settings = world.draw, world.settings
+    if draw.random() < 0.2:
+        settings["keeps_reservation"] = True
+    if draw.random() < 0.2:
+        settings["rate_headers"] = draw.choice(["answers", "none"])
+    if draw.random() < 0.2:
+        settings["others"] = draw.choice([0.1, 0.5])
+    if "capacity" in settings and draw.random() < 0.5:
+        settings["replicas"] = draw.randint(1, min(4, settings["capacity"]))
+        settings["drift"] = {"": ((draw.uniform(0, 10), 1.0), (draw.uniform(11, 60), draw.choice([0.2, 2.0])))}
+
+
 SHAPES: tuple[Callable[[World], None], ...] = (
     *(sizes, columns, rows_that_cannot, schema, completions, limits, retries, faults, growth, weather, endings),
-    some_rows,
+    *(some_rows, account),
 )
 """Each changes the world a little; all draw from the one seed, so a new one belongs at the end."""
 

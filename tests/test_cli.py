@@ -1,7 +1,9 @@
 """The command line: what it prints where, and the exit code of every way to end."""
 
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -349,6 +351,57 @@ def test_the_simulator_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
             assert failed.value.code == 500
         process.send_signal(signal.SIGINT)
         assert process.wait() == 0
+
+
+def test_the_simulator_is_what_its_flags_say() -> None:
+    """Limits, tiers, capacities, replicas, caches and headers can be asked for on the command line."""
+    words = shlex.split(
+        "simulator --port 0 --latency 0 --jitter 0 --prompt-token 0 --completion-token 0 --requests-per-minute 7"
+        " --uncached-tokens-per-minute 5000 --limit requests-day=90 --limit flex:requests-minute=3 --flex-limits 2"
+        " --others 0.1 --keep-reservation --rate-headers answers --retry-after --capacity 8 --tier-capacity flex=4"
+        " --drift 0=1 --drift flex:60=0.5 --queue-limit 1 --replicas 2 --cache-tokens 5000 --cache-lifetime 60"
+    )
+    with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        found = re.search(r"http://127\.0\.0\.1:\d+/v1", process.stdout.readline())
+        assert found
+
+        def limits(tier: str) -> dict[str, str]:
+            asked = {"model": "gpt-oss-120b", "service_tier": tier, "max_completion_tokens": 9}
+            asking = urllib.request.Request(
+                f"{found[0]}/chat/completions",
+                headers={"Authorization": "Bearer x", "Content-Type": "application/json"},
+                data=json.dumps(asked | {"messages": [{"role": "user", "content": "hi"}]}).encode(),
+            )
+            with urllib.request.urlopen(asking) as answer:
+                start = "x-ratelimit-limit-"
+                return {name.removeprefix(start): n for name, n in answer.headers.items() if name.startswith(start)}
+
+        default = {"requests-day": "90", "requests-minute": "7", "tokens-minute": "15000"}
+        assert limits("default") == {**default, "uncached-tokens-minute": "5000"}
+        flex = {"requests-day": "180", "requests-minute": "3", "tokens-minute": "30000"}
+        assert limits("flex") == {**flex, "uncached-tokens-minute": "10000"}
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--limit", "tea=5"], "unknown limit 'tea'"),
+        (["--tier-capacity", "tea=5"], "known are priority, default, flex"),
+        (["--drift", "5"], "a drift is [TIER:]SECONDS=SHARE"),
+        (["--drift", "5=0.5"], "there is no capacity that could drift"),
+        (["--replicas", "4", "--capacity", "2"], "capacity must be at least 1 for each of the 4 replicas"),
+    ],
+)
+def test_a_service_that_cannot_be_is_exit_code_2(call: Call, words: list[str], said: str) -> None:
+    """One line says which setting, and what is allowed."""
+    ended = call("simulator", *words)
+    assert ended.code == 2
+    assert ended.err.startswith("batcher: simulator: ")
+    assert said in ended.err
+    assert ended.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("fault", ["tea=0.5", "500=2", "500"])

@@ -1,6 +1,7 @@
 """The simulated service's model in virtual time: quotas by tier, queues and capacities, prefix caches."""
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 import math
@@ -621,6 +622,64 @@ class TestCache:
         assert [ask(off, question(long), now).cached_tokens for now in (0.0, 9.0)] == [0, 0]
 
 
+class TestRequests:
+    """What requests say about tiers, queues, caches and predictions reaches the model."""
+
+    @staticmethod
+    def body(prompt: str, **parameters: object) -> bytes:
+        """A chat request on the wire."""
+        messages = [{"role": "system", "content": prompt}, {"role": "user", "content": "How is it?"}]
+        return msgspec.json.encode({"model": MODEL, "messages": messages, "max_completion_tokens": 9, **parameters})
+
+    def receive(self, service: Service, body: bytes, now: float = 0.0, threshold: int | None = None) -> Answer:
+        """What becomes of it."""
+        headers = {} if threshold is None else {"queue_threshold": str(threshold)}
+        answer = service.receive("POST", "/v1/chat/completions", "Bearer key", body, now, headers)
+        assert isinstance(answer, Answer)
+        return answer
+
+    def test_tier_threshold_and_key(self) -> None:
+        """service_tier, prompt_cache_key and the header queue_threshold do what they are for."""
+        service = Service(replace(STILL, capacities={"flex": 4}, replicas=4, queue_limit=100))
+        text = "long " * 1_000
+        first = self.receive(service, self.body(text, service_tier="flex", prompt_cache_key="k"), 0.0, 50)
+        assert (first.tier, first.cached_tokens) == ("flex", 0)
+        full = self.receive(service, self.body(text, service_tier="flex", prompt_cache_key="k"), 0.1, 500)
+        assert code(full) == "queue_exceeded"
+        again = self.receive(service, self.body(text, service_tier="auto", prompt_cache_key="k"), 2.0, 50)
+        assert (again.tier, again.cached_tokens) == ("priority", tokens(text) // BLOCK * BLOCK)
+        assert read(again).service_tier_used == "priority"
+        tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+        other = self.receive(service, self.body(text, prompt_cache_key="k", tools=tools, tool_choice="none"), 4.0)
+        assert other.cached_tokens == 0
+
+    def test_what_was_predicted_is_said_sooner(self) -> None:
+        """Accepted tokens cost a part of their time, rejected ones count as completion and take a little."""
+        how = replace(STILL, latency=0.0, seconds_per_completion_token=1.0)
+        prediction = "The quick brown fox jumps over the lazy dog. " * 20
+        parameters = {"max_completion_tokens": 5_000, "prediction": {"type": "content", "content": prediction}}
+        answer = self.receive(Service(how), self.body("Correct it.", **parameters))
+        usage = read(answer).usage
+        details = usage.completion_tokens_details
+        accepted, rejected = details.accepted_prediction_tokens, details.rejected_prediction_tokens
+        assert isinstance(accepted, int)
+        assert isinstance(rejected, int)
+        assert accepted > 0
+        assert accepted + rejected == tokens(prediction)
+        assert answer.delay == pytest.approx(usage.completion_tokens - 0.75 * accepted - 0.9 * rejected)
+
+    def test_reasoning_takes_tokens_and_time(self) -> None:
+        """More effort is more reasoning tokens, which are completion tokens."""
+        how = replace(STILL, latency=0.0, seconds_per_completion_token=1.0)
+        sizes = []
+        for effort in ("low", "medium", "high"):
+            parameters = {"reasoning_effort": effort, "max_completion_tokens": 5_000}
+            usage = read(answer := self.receive(Service(how), self.body("Think.", **parameters))).usage
+            assert answer.delay == usage.completion_tokens
+            sizes.append(usage.completion_tokens_details.reasoning_tokens)
+        assert 0 < sizes[0] < sizes[1] < sizes[2]
+
+
 class TestSettings:
     """What can be set, and what cannot."""
 
@@ -703,6 +762,32 @@ def play(how: Settings, clients: int, until: float, draw: Random) -> list[Entry]
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(main())
+
+
+def test_who_gives_up_on_a_stream_pays_for_it_once() -> None:
+    """Whether before it begins or in the middle, its charge is settled to what it took."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        how = replace(STILL, tokens_per_minute=1_000, seconds_per_completion_token=0.1, others=1.0)
+        front = Front(how, loop.time, 0.0, record=True)
+        messages = [{"role": "user", "content": "Tell me all of it."}]
+        body = msgspec.json.encode({"model": MODEL, "messages": messages, "max_completion_tokens": 100, "stream": True})
+
+        async def deliver(answer: Answer, headers: dict[str, str]) -> None:
+            await asyncio.sleep(answer.pieces[-1].at)
+
+        for patience in (0.5, 1.5, 60.0):
+            level = front.service.levels(MODEL, loop.time())["tokens-minute"]
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await front.ask("POST", "/v1/chat/completions", "Bearer key", body, deliver, {})
+            used = level - front.service.levels(MODEL, loop.time())["tokens-minute"]
+            entry = front.book[-1]
+            assert 0 < used == entry.settled == entry.prompt_tokens + entry.completion_tokens < entry.charged
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(main())
 
 
 @settings(max_examples=1, deadline=None)
