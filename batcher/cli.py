@@ -451,6 +451,9 @@ def simulator(
     ] = None,
     flex_limits: Annotated[float, typer.Option(help="How many times the others' limits flex has.")] = 5.0,
     others: Annotated[float, typer.Option(help="The share of every limit that other clients use.", min=0, max=1)] = 0.0,
+    reserve_cached: Annotated[
+        bool, typer.Option("--reserve-cached", help="Uncached tokens are reserved for what the cache has, too.")
+    ] = False,
     keep_reservation: Annotated[
         bool, typer.Option("--keep-reservation", help="Tokens charged beforehand and not used are not given back.")
     ] = False,
@@ -515,6 +518,7 @@ def simulator(
             limits=dict(map(service.parse_limit, limits or [])),
             flex_limits=flex_limits,
             others=others,
+            reserves_cached=reserve_cached,
             keeps_reservation=keep_reservation,
             rate_headers=rate_headers,
             retry_after=retry_after,

@@ -337,6 +337,7 @@ def account(world: World) -> None:
     draw, settings = world.draw, world.settings
     if draw.random() < 0.2:
         settings["keeps_reservation"] = True
+    settings["reserves_cached"] = draw.random() < 0.5
     if draw.random() < 0.2:
         settings["rate_headers"] = draw.choice(["answers", "none"])
     if draw.random() < 0.2:

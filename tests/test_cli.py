@@ -358,8 +358,9 @@ def test_the_simulator_is_what_its_flags_say() -> None:
     words = shlex.split(
         "simulator --port 0 --latency 0 --jitter 0 --prompt-token 0 --completion-token 0 --requests-per-minute 7"
         " --uncached-tokens-per-minute 5000 --limit requests-day=90 --limit flex:requests-minute=3 --flex-limits 2"
-        " --others 0.1 --keep-reservation --rate-headers answers --retry-after --capacity 8 --tier-capacity flex=4"
-        " --drift 0=1 --drift flex:60=0.5 --queue-limit 1 --replicas 2 --cache-tokens 5000 --cache-lifetime 60"
+        " --others 0.1 --reserve-cached --keep-reservation --rate-headers answers --retry-after --capacity 8"
+        " --tier-capacity flex=4 --drift 0=1 --drift flex:60=0.5 --queue-limit 1 --replicas 2"
+        " --cache-tokens 5000 --cache-lifetime 60"
     )
     with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout

@@ -129,8 +129,8 @@ class TestBuckets:
                 buckets.give_back(charged * part, charged * part / 2)
                 used["tokens-minute"] += charged * (1 - part)
                 used["uncached-tokens-minute"] += charged * (1 - part / 2)
-            elif buckets.shortage(amount) is None:
-                buckets.charge(amount)
+            elif buckets.shortage(amount, amount) is None:
+                buckets.charge(amount, amount)
                 used["requests-minute"] += 1
                 open_charges.append((amount, share))
             pending = sum(charged for charged, _ in open_charges)
@@ -217,19 +217,24 @@ class TestBuckets:
         assert "service_tier_used" not in plain
 
     def test_total_and_uncached_are_told_apart(self) -> None:
-        """Both are charged with the whole estimate, and of a cached prompt only the total keeps it."""
+        """The total is charged with all of a prompt, the uncached limit with what the cache has not."""
         text = "a" * BLOCK * BYTES_PER_TOKEN * 8
         service = Service(replace(STILL, tokens_per_minute=10_000, uncached_tokens_per_minute=3_000))
         first, second = ask(service, question(text)), ask(service, question(text), 10.0)
         size = 8 * BLOCK
         assert [answer.cached_tokens for answer in (first, second)] == [0, size]
         assert [answer.charged for answer in (first, second)] == [size + 10] * 2
+        assert [answer.charged_uncached for answer in (first, second)] == [size + 10, 10]
         said = second.completion_tokens
         assert (second.settled, second.settled_uncached) == (size + said, said)
         for answer in (first, second):
             service.settle(answer, 10.0)
-        assert "Uncached tokens per minute" in message(ask(service, question(text, cap=2_500), 10.0))
+        assert "Uncached tokens per minute" in message(ask(service, question(text, cap=3_001), 10.0))
         assert service.levels(MODEL, 30.0) == {"tokens-minute": 10_000, "uncached-tokens-minute": 3_000}
+        service.change(30.0, reserves_cached=True)
+        assert "Uncached tokens per minute" in message(ask(service, question(text, cap=2_500), 30.0))
+        third = ask(service, question(text), 30.0)
+        assert (third.charged_uncached, third.settled_uncached) == (size + 10, third.completion_tokens)
         tight = Service(replace(STILL, tokens_per_minute=1_000, uncached_tokens_per_minute=1_000))
         assert message(ask(tight, question(cap=2_000))).startswith("Total tokens per minute limit exceeded")
 

@@ -31,6 +31,7 @@ class Entry(Struct, frozen=True):
     served_at: float | None = None  # when it had waited for its turn; None: it was not served
     cached_tokens: int = 0
     charged: int = 0  # tokens, as it arrived
+    charged_uncached: int = 0  # of them
     settled: int = 0  # tokens, as its answer left
     settled_uncached: int = 0  # of them
 
@@ -115,6 +116,7 @@ class Front:
                         served_at=arrived + answer.queue_time if answer.prompt_tokens else None,
                         cached_tokens=answer.cached_tokens,
                         charged=answer.charged,
+                        charged_uncached=answer.charged_uncached,
                         settled=answer.settled,
                         settled_uncached=answer.settled_uncached,
                     )

@@ -111,6 +111,7 @@ class Settings:
     flex_limits: float = 5.0  # how many times the others' limits flex has
     others: float = 0.0  # the share of every limit's refill that other clients of the account use
     assumed_completion_tokens: int = 16_384  # charged at first for a request without max_completion_tokens
+    reserves_cached: bool = False  # at first uncached tokens are charged for what the cache has, too
     keeps_reservation: bool = False  # what was charged at first stays charged
     rate_headers: RateHeaders = "all"
     retry_after: bool = False  # send that header with refusals
@@ -259,6 +260,7 @@ class Answer(Struct, frozen=True):
     model: str | None = None  # whose limits its headers tell
     tier: str | None = None  # that serves it, or refuses to
     charged: int = 0  # tokens, before it was known what it takes
+    charged_uncached: int = 0  # of them
     settled: int = 0  # tokens, when it leaves
     settled_uncached: int = 0  # of them
     retry_after: float | None = None
@@ -284,8 +286,10 @@ class Waiting(queues.Waiter):
     fault: str | None
     said: list[Said]
     charged: int
+    charged_uncached: int
     arrived: float
     replica: int
+    blocks: list[bytes]
     pace: float
     answer: Answer | None = field(default=None, init=False)
 
@@ -395,7 +399,7 @@ class Service:
             return waiting.answer
         self._lines[waiting.replica].leave(waiting)
         question = waiting.question
-        self._buckets(question.model, waiting.tier, now).give_back(waiting.charged, waiting.charged)
+        self._buckets(question.model, waiting.tier, now).give_back(waiting.charged, waiting.charged_uncached)
         return Answer(0, fault=waiting.fault, model=question.model, tier=waiting.tier, prompt=question.prompts[0])
 
     def settle(self, answer: Answer, now: float) -> dict[str, str]:
@@ -405,7 +409,7 @@ class Service:
         if answer.model is not None and answer.tier is not None:
             buckets = self._buckets(answer.model, answer.tier, now)
             if answer.charged:
-                buckets.give_back(answer.charged - answer.settled, answer.charged - answer.settled_uncached)
+                buckets.give_back(answer.charged - answer.settled, answer.charged_uncached - answer.settled_uncached)
             if settings.rate_headers == "all" or (settings.rate_headers == "answers" and answer.status != 429):
                 headers = buckets.headers()
         if settings.retry_after and answer.retry_after is not None:
@@ -437,24 +441,29 @@ class Service:
         self._flow(now)
         cap = settings.assumed_completion_tokens if question.cap is None else question.cap
         charged = question.tokens + cap * question.n * len(question.prompts)
+        blocks = self._blocks(question)
         refusal: Answer | None = None
         for tier in queues.TIERS if question.tier == "auto" else (question.tier or "default",):
             replica = self._replica_for(question, tier, now)
-            refusal = self._refusal(question, tier, replica, charged, now)
+            known = 0 if settings.reserves_cached else self._known(question, replica, blocks, now)
+            uncached = charged - known
+            refusal = self._refusal(question, tier, replica, charged, uncached, now)
             if refusal is None:
                 break
         if refusal is not None:
             return refusal
         self._turn += 1
-        self._buckets(question.model, tier, now).charge(charged)
+        self._buckets(question.model, tier, now).charge(charged, uncached)
 
         digest = blake2b(body, key=self._key, digest_size=16).digest()
         for text, status in settings.poison.items():
             if text in question.text:
-                return self._fail("poison", (status, wire.ERRORS[status], "application/json"), question, tier, charged)
+                return self._fail(
+                    "poison", (status, wire.ERRORS[status], "application/json"), question, tier, charged, uncached
+                )
         fault = self._draw_fault(digest)
         if fault is not None and fault in _FAILURES:
-            return self._fail(fault, _FAILURES[fault], question, tier, charged)
+            return self._fail(fault, _FAILURES[fault], question, tier, charged, uncached)
         if not question.stream and fault in _OF_STREAMS:
             fault = None
         ending = "" if fault != Fault.SURROGATE else _ENDING_IN_JSON if question.json else _ENDING
@@ -462,7 +471,7 @@ class Service:
         said = speech.say(question, self._key, settings.answers, ending=ending, misfits=misfits)
         pace = 1 + settings.jitter * (2 * _share(digest[:8]) - 1)
         takes = sum(self._seconds(question.tokens, said)) * pace
-        waiting = Waiting(tier, takes, question, digest, fault, said, charged, now, replica, pace)
+        waiting = Waiting(tier, takes, question, digest, fault, said, charged, uncached, now, replica, blocks, pace)
         line = self._lines[replica]
         if self._bounded and not line.free(tier):
             line.join(waiting, now)
@@ -484,11 +493,13 @@ class Service:
             return turns[0]
         return min(turns, key=lambda number: (self._lines[number].wait(tier, now), self._lines[number].serving))
 
-    def _refusal(self, question: wire.Question, tier: str, replica: int, charged: int, now: float) -> Answer | None:
+    def _refusal(
+        self, question: wire.Question, tier: str, replica: int, charged: int, uncached: int, now: float
+    ) -> Answer | None:
         """Why a tier does not take a request now; None: it does."""
         settings = self.settings
         buckets = self._buckets(question.model, tier, now)
-        if (short := buckets.shortage(charged)) is not None:
+        if (short := buckets.shortage(charged, uncached)) is not None:
             paired = f"uncached-{short.bucket}" in buckets.levels()
             body = wire.QUOTA_EXCEEDED[f"total-{short.bucket}" if paired else short.bucket]
             return self._brief(429, body, question.model, tier, short.wait)
@@ -541,19 +552,35 @@ class Service:
         for number, line in enumerate(self._lines):
             line.resize(whole[number], {tier: places[number] for tier, places in zip(queues.TIERS, own, strict=True)})
 
-    def _read(self, question: wire.Question, replica: int, pace: float, now: float) -> int:
-        """Tokens of a prompt that need not be read as it is served now; afterwards all of it is known."""
-        settings = self.settings
-        if question.tokens < cache.BLOCK or settings.cache_tokens < cache.BLOCK:
-            return 0
-        whose = question.model, replica
-        kept = self._caches.get(whose)
+    def _blocks(self, question: wire.Question) -> list[bytes]:
+        """The digests of a prompt's blocks; none where nothing of it would be kept."""
+        if question.tokens < cache.BLOCK or self.settings.cache_tokens < cache.BLOCK:
+            return []
+        return cache.chain(question.prefix, cache.BLOCK * wire.BYTES_PER_TOKEN)
+
+    def _cache(self, model: str, replica: int) -> cache.PrefixCache:
+        """What a replica keeps of a model's prompts."""
+        kept = self._caches.get((model, replica))
         if kept is None:
-            kept = self._caches[whose] = cache.PrefixCache(settings.cache_tokens, settings.cache_lifetime)
-        blocks = cache.chain(question.prefix, cache.BLOCK * wire.BYTES_PER_TOKEN)
+            kept = cache.PrefixCache(self.settings.cache_tokens, self.settings.cache_lifetime)
+            self._caches[model, replica] = kept
+        return kept
+
+    def _known(self, question: wire.Question, replica: int, blocks: list[bytes], now: float) -> int:
+        """Tokens of a prompt that need not be read."""
+        known = self._cache(question.model, replica).known(blocks, now) if blocks else 0
+        return min(known * cache.BLOCK, question.tokens)
+
+    def _read(self, waiting: Waiting, now: float) -> int:
+        """Tokens of a prompt that need not be read as it is served now; afterwards all of it is known."""
+        question, blocks = waiting.question, waiting.blocks
+        if not blocks:
+            return 0
+        kept = self._cache(question.model, waiting.replica)
         known = kept.known(blocks, now)
         cached = min(known * cache.BLOCK, question.tokens)
-        kept.keep(blocks, known, now, now + (question.tokens - cached) * settings.seconds_per_prompt_token * pace)
+        seconds = (question.tokens - cached) * self.settings.seconds_per_prompt_token * waiting.pace
+        kept.keep(blocks, known, now, now + seconds)
         return cached
 
     def _seconds(self, prompt_tokens: int, said: list[Said]) -> tuple[float, float, float]:
@@ -580,11 +607,17 @@ class Service:
         return None
 
     def _fail(
-        self, fault: str, failure: tuple[int, bytes, str], question: wire.Question, tier: str, charged: int
+        self,
+        fault: str,
+        failure: tuple[int, bytes, str],
+        question: wire.Question,
+        tier: str,
+        charged: int,
+        uncached: int,
     ) -> Answer:
         """The answer of a fault; no token was used."""
         status, body, content_type = failure
-        settled = charged if self.settings.keeps_reservation else 0
+        kept = self.settings.keeps_reservation
         return Answer(
             status,
             body,
@@ -594,8 +627,9 @@ class Service:
             model=question.model,
             tier=tier,
             charged=charged,
-            settled=settled,
-            settled_uncached=settled,
+            charged_uncached=uncached,
+            settled=charged if kept else 0,
+            settled_uncached=uncached if kept else 0,
             retry_after=1.0 if status in (429, 503) else None,
             prompt=question.prompts[0],
         )
@@ -606,7 +640,7 @@ class Service:
         queue_time = now - waiting.arrived
         if self._bounded:
             self._queued[waiting.tier].add(queue_time, now)
-        cached = self._read(question, waiting.replica, waiting.pace, now)
+        cached = self._read(waiting, now)
         prompt_tokens, completion_tokens = question.tokens, sum(one.tokens for one in said)
         used = prompt_tokens + completion_tokens
         base, prompt_time, completion_time = (
@@ -644,8 +678,9 @@ class Service:
             model=question.model,
             tier=waiting.tier,
             charged=waiting.charged,
+            charged_uncached=waiting.charged_uncached,
             settled=waiting.charged if kept else used,
-            settled_uncached=waiting.charged if kept else used - cached,
+            settled_uncached=waiting.charged_uncached if kept else used - cached,
             prompt=question.prompts[0],
             content=given[0].text(),
             prompt_tokens=prompt_tokens,

@@ -70,18 +70,20 @@ class Buckets:
             bucket.refill(now, others)
         self._now = now
 
-    def shortage(self, tokens: float) -> Shortage | None:
+    def shortage(self, tokens: float, uncached: float) -> Shortage | None:
         """What keeps a request from being admitted whose tokens are estimated so; None: nothing does."""
+        amounts = {"requests": 1.0, "tokens": tokens, "uncached-tokens": uncached}
         for name, bucket in self._buckets.items():
-            amount = 1.0 if bucket.resource == "requests" else tokens
+            amount = amounts[bucket.resource]
             if bucket.level < amount:
                 return Shortage(name, bucket.wait(amount) if amount <= bucket.limit else None)
         return None
 
-    def charge(self, tokens: float) -> None:
+    def charge(self, tokens: float, uncached: float) -> None:
         """Take a request and its estimated tokens out."""
+        amounts = {"requests": 1.0, "tokens": tokens, "uncached-tokens": uncached}
         for bucket in self._buckets.values():
-            bucket.level -= 1.0 if bucket.resource == "requests" else tokens
+            bucket.level -= amounts[bucket.resource]
 
     def give_back(self, tokens: float, uncached: float) -> None:
         """Correct a charge by so many tokens, of all and of those that no cache had; negative where more was used."""
