@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench soak clean
+.PHONY: quickstart test lint bench soak compat clean
 
 quickstart: .venv/ready
 	$(BIN)/batcher run jobs/tickets.toml
@@ -22,8 +22,11 @@ soak: .venv/ready-dev
 	$(BIN)/pytest -m soak -s
 	$(BIN)/python -m tests.breaks
 
+compat: .venv/ready-dev
+	$(BIN)/python -m compat
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .compat
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("batcher needs Python 3.11 or newer; say make PYTHON=python3.11") if sys.version_info < (3, 11) else None'

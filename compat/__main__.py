@@ -1,6 +1,8 @@
 """`python -m compat` runs against every server; one of their names after it against that one. See docs/servers.md."""
 
 import argparse
+import signal
+import sys
 
 from compat import litellm, transformers
 
@@ -11,6 +13,7 @@ def main() -> None:
     """Run against one server, or all."""
     parser = argparse.ArgumentParser(prog="python -m compat", description=__doc__)
     parser.add_argument("server", nargs="?", choices=[*SERVERS], help="all when absent")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended too
     chosen = parser.parse_args().server
     for name, run in SERVERS.items():
         if chosen in (None, name):

@@ -9,6 +9,8 @@ from compat.serve import environment, free_port, serving
 PACKAGES = ("litellm[proxy]==1.108.7",)
 KEY = "sk-compat-litellm-1234"
 ANSWER = "The answer is 42."
+COUNTED = {"stream_options": {"include_usage": True}}
+"""Without it this server, as OpenAI's own, tells no usage in a stream."""
 CONFIG = f"""
 model_list:
   - model_name: mock
@@ -31,7 +33,7 @@ def run() -> None:
             print(f"litellm: {', '.join(PACKAGES)}", flush=True)
             assert [model["id"] for model in listed(url, KEY)] == ["mock"]
             chat = write_job(folder, "chat", url, {"model": "mock", "max_completion_tokens": 16, "temperature": 0})
-            streamed = write_job(folder, "chat-streamed", url, {"model": "mock", "stream": True})
+            streamed = write_job(folder, "chat-streamed", url, {"model": "mock", "stream": True, **COUNTED})
             completions = write_job(folder, "completions", url, {"endpoint": "completions", "model": "mock"})
             for job in (chat, streamed, completions):
                 answers = killed_and_gone_on_with(job, KEY)
