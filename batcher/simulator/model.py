@@ -754,7 +754,8 @@ def _spoil(answer: Answer, settings: Settings, digest: bytes) -> Answer:
         case StreamFault.STALL:
             return replace(answer, content=None, ends_after=half, stalls=settings.hang)
         case StreamFault.UNDONE:
-            return replace(answer, content=None, pieces=stream.undone(answer.pieces))
+            pieces, rest = stream.undone(answer.pieces)
+            return replace(answer, content=None, body=rest, pieces=pieces)
         case StreamFault.RAGGED:
             return replace(answer, pieces=stream.ragged(answer.pieces))
     return answer

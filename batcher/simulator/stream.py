@@ -5,6 +5,7 @@ from enum import StrEnum
 from itertools import cycle
 from typing import Literal, NamedTuple, TypeAlias
 
+import msgspec
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
@@ -19,6 +20,9 @@ ERROR = b'{"error":%s,"status_code":500}' % wire.ERRORS[500]  # in the middle of
 
 FinalChunk: TypeAlias = Literal["asked", "together", "apart"]
 """Where usage and times stand: in the chunk that finishes, or in one more without choices; or as the request says."""
+
+
+_CHUNK = msgspec.json.Decoder(wire.Chunk)
 
 
 class StreamFault(StrEnum):
@@ -137,9 +141,22 @@ def broken(stream: Sequence[Piece], error: bytes, named: bool) -> tuple[Piece, .
     return (*half, Piece(half[-1].at, b"event: error\n" + event if named else event))
 
 
-def undone(stream: Sequence[Piece]) -> tuple[Piece, ...]:
-    """The first half of a stream."""
-    return tuple(stream[: len(stream) // 2])
+def undone(stream: Sequence[Piece]) -> tuple[tuple[Piece, ...], bytes]:
+    """The first half of a stream, and what its texts come to: choices that have not ended."""
+    half = tuple(stream[: len(stream) // 2])
+    choices: dict[int, wire.Unended] = {}
+    for _, data in half:
+        for part in _CHUNK.decode(data.removeprefix(b"data: ")).choices:
+            choice = choices.setdefault(part.index, wire.Unended(part.index))
+            if isinstance(part.text, str):
+                choice.text = (choice.text or "") + part.text
+            if isinstance(part.delta, Delta):
+                message = choice.message or {"role": "assistant"}
+                for name, words in (("content", part.delta.content), ("reasoning", part.delta.reasoning)):
+                    if isinstance(words, str):
+                        message[name] = message.get(name, "") + words
+                choice.message = message
+    return half, wire.ENCODER.encode({"choices": [choices[index] for index in sorted(choices)]})
 
 
 def malformed(stream: Sequence[Piece]) -> tuple[tuple[Piece, ...], bytes]:

@@ -7,7 +7,6 @@ from types import MappingProxyType
 from batcher.records import Failure, Kind, Reply, Request, Timing
 from batcher.simulator.front import Front
 from batcher.simulator.model import Answer
-from batcher.simulator.stream import StreamFault
 
 _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
@@ -65,8 +64,6 @@ class ModelTransport:
             if not answer.whole:
                 await asyncio.sleep(answer.stalls)
                 raise ConnectionResetError
-            if answer.fault == StreamFault.UNDONE:
-                raise ConnectionResetError
             return Reply(answer.status, headers, answer.body, Timing(sent_at, now() - began, first))
 
         try:
@@ -74,7 +71,9 @@ class ModelTransport:
                 reply = await self._front.ask(method, path, self._authorization, body, deliver, self._headers)
         except TimeoutError:
             message = f"no answer within {self._timeout:g} s"
-            return Failure(Kind.TIMEOUT, message, Timing(sent_at, now() - began), paid=True)
+            return Failure(
+                Kind.TIMEOUT, message, Timing(sent_at, now() - began), begun[0] if begun else None, paid=True
+            )
         except ConnectionResetError:
             timing, status = Timing(sent_at, now() - began), begun[0] if begun else None
             kind = Kind.STALE_CONNECTION if reused and status is None else Kind.DISCONNECTED

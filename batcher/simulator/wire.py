@@ -161,6 +161,15 @@ class ChunkChoice(Struct, frozen=True):
     reasoning_logprobs: Logprobs | UnsetType = UNSET
 
 
+class Unended(Struct):
+    """A choice of a stream that ended before it did."""
+
+    index: int
+    message: dict[str, str] | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    finish_reason: None = None
+
+
 class PromptDetails(Struct, frozen=True):
     """Of the prompt's tokens."""
 
@@ -268,7 +277,8 @@ def invalid(message: str, param: str = "") -> bytes:
 
 def invalid_as(wrong: ValidationError) -> bytes:
     """The body of a 400 from msgspec's words: what is wrong, and in which parameter."""
-    message, _, path = str(wrong).partition(" - at `$")
+    message, _, place = str(wrong).partition(" - at `")
+    path = place.removeprefix("key in ").removeprefix("$")
     missing = re.search(r"(?:missing required|contains unknown) field `([^`]+)`", message)
     param = f"{path.rstrip('`')}.{missing[1]}" if missing else path.rstrip("`")
     return invalid(message, param.removeprefix("."))
