@@ -277,8 +277,8 @@ def invalid(message: str, param: str = "") -> bytes:
 
 def invalid_as(wrong: ValidationError) -> bytes:
     """The body of a 400 from msgspec's words: what is wrong, and in which parameter."""
-    message, _, place = str(wrong).partition(" - at `")
-    path = place.removeprefix("key in ").removeprefix("$")
+    message, _, place = str(wrong).partition(" - at ")
+    path = place.removeprefix("`key` in ").removeprefix("`$")
     missing = re.search(r"(?:missing required|contains unknown) field `([^`]+)`", message)
     param = f"{path.rstrip('`')}.{missing[1]}" if missing else path.rstrip("`")
     return invalid(message, param.removeprefix("."))
