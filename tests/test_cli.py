@@ -413,6 +413,45 @@ def test_a_fault_that_cannot_be_is_exit_code_2(call: Call, fault: str) -> None:
     assert ended.err.startswith("batcher: simulator: ")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--answers", "none.jsonl"], "batcher: simulator: none.jsonl: No such file or directory"),
+        (["--encodings", "zstd"], "batcher: simulator: unknown encoding 'zstd'; known are msgpack, gzip"),
+    ],
+)
+def test_a_setting_of_the_simulator_that_cannot_be_is_exit_code_2(call: Call, words: list[str], said: str) -> None:
+    """In a line that says what is wrong."""
+    ended = call("simulator", *words)
+    assert ended.code == 2
+    assert ended.err.startswith(said)
+
+
+def test_the_simulator_says_what_a_file_has(tmp_path: Path) -> None:
+    """With the columns that are named, and without the encodings that are not."""
+    (tmp_path / "said.jsonl").write_text('{"q": "hi", "a": "hello yourself"}\n')
+    words = ["simulator", "--port", "0", "--latency", "0", "--encodings", "none", "--answers", "said.jsonl"]
+    words += ["--question-column", "q", "--answer-column", "a"]
+    with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        try:
+            assert process.stdout
+            found = re.search(r"http://127\.0\.0\.1:\d+/v1", process.stdout.readline())
+            assert found
+            headers = {"Authorization": "Bearer x", "Content-Type": "application/json"}
+            body = b'{"model":"gpt-oss-120b","messages":[{"role":"user","content":"hi"}]}'
+            asking = urllib.request.Request(f"{found[0]}/chat/completions", headers=headers, data=body)
+            with urllib.request.urlopen(asking) as answer:
+                assert b'"content":"hello yourself"' in answer.read()
+            asking.add_header("Content-Encoding", "gzip")
+            with pytest.raises(urllib.error.HTTPError) as failed:
+                urllib.request.urlopen(asking)
+            with failed.value:
+                assert failed.value.code == 415
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait() == 0
+
+
 def test_the_version_is_said(call: Call) -> None:
     """It is the installed package's."""
     ended = call("--version")

@@ -662,6 +662,30 @@ class TestStreams:
         assert plain.timing.latency == pytest.approx(streamed.timing.latency)
         assert (plain.timing.time_to_first_token, streamed.timing.time_to_first_token) == (None, 1.0)
 
+    def test_a_stream_is_settled_when_it_ends(self) -> None:
+        """While it is sent its whole cap is charged, and the headers say so; then only what it used."""
+        settings = replace(OPEN, tokens_per_minute=10_000, seconds_per_completion_token=0.1, jitter=0)
+
+        async def main() -> tuple[Mapping[str, str], float, float]:
+            now = asyncio.get_running_loop().time
+            front = Front(settings, now, 0.0, record=True)
+            body = msgspec.json.encode({"model": MODEL, "messages": user(), "stream": True, "max_tokens": 900})
+
+            async def deliver(answer: Answer, headers: dict[str, str]) -> dict[str, str]:
+                during.append(front.service.levels(MODEL, now())["tokens-minute"])
+                return headers
+
+            during: list[float] = []
+            headers = await front.ask("POST", CHAT, "Bearer key", body, deliver, {})
+            return headers, during[0], front.service.levels(MODEL, now())["tokens-minute"]
+
+        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+            headers, during, after = runner.run(main())
+        used = told({})["usage"]["total_tokens"]
+        assert headers["x-ratelimit-remaining-tokens-minute"] == str(int(during))
+        assert during == 10_000 - 900 - tokens(TICKET)
+        assert after == 10_000 - used
+
 
 PLAIN = msgspec.json.encode({"model": MODEL, "messages": user("Zürich")})
 MSGPACK = msgspec.msgpack.encode(msgspec.json.decode(PLAIN))
