@@ -67,15 +67,27 @@ def response_format(schema: _Schema, name: str, fitted: bool) -> tuple[dict[str,
     return form, f"checked here and not sent: {_few(made.left_out)}" if made.left_out else None
 
 
-def doubts(wanted: Mapping[str, Any]) -> str | None:
-    """What a plan has to say of the API's own object, which is sent as it stands."""
-    match wanted:
-        case {"type": "json_schema", "json_schema": {"strict": True, "schema": Mapping() as schema}}:
-            made = fit(schema)
-            if made.schema != schema or made.unfit:
-                wrong = made.unfit or made.left_out or ("objects that are not closed, or words that it does not know",)
-                return f"sent as it stands, and strict mode may refuse it: {_few(wrong)}"
-    return None
+def doubts(parameters: Mapping[str, Any]) -> str | None:
+    """What a plan has to say of strict schemas in the API's own objects, which are sent as they stand."""
+    tools = parameters.get("tools")
+    places = [("response_format", parameters.get("response_format"))]
+    places += [(f"tools[{index}]", tool) for index, tool in enumerate(tools if isinstance(tools, list) else [])]
+    wrong: list[str] = []
+    for name, place in places:
+        match place:
+            case {"json_schema": {"strict": True, "schema": Mapping() as schema}}:
+                wrong += _doubts(name, schema)
+            case {"function": {"strict": True, "parameters": Mapping() as schema}}:
+                wrong += _doubts(name, schema)
+    return f"sent as it stands, and strict mode may refuse it: {_few(wrong)}" if wrong else None
+
+
+def _doubts(name: str, schema: _Schema) -> list[str]:
+    made = fit(schema)
+    if made.schema == schema and not made.unfit:
+        return []
+    wrong = made.unfit or made.left_out or ("has objects that are not closed, or words that it does not know",)
+    return [f"{name} {reason}" for reason in wrong]
 
 
 def _few(places: Sequence[str]) -> str:

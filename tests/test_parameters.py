@@ -4,9 +4,10 @@ import json
 import threading
 import tomllib
 from collections.abc import Iterator
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 
@@ -17,14 +18,24 @@ from batcher.parameters import CHAT, COMPLETIONS, clash, misfit
 from batcher.plan import plan, render
 from batcher.prompt import Composer
 from batcher.records import Failure, Kind, Request, Row
+from tests import stories
 
 USER = {"role": "user", "content": "hi"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 TOOL_ANSWER = {"role": "tool", "content": "7", "tool_call_id": "c1"}
-TOOL = '{type = "function", function = {name = "f", description = "d", strict = true, parameters = {type = "object"}}}'
-TOOL_JSON = '{"type":"function","function":{"name":"f","description":"d","strict":true,"parameters":{"type":"object"}}}'
-PIXEL = "data:image/png;base64,iVBORw0KGgo="
+TOOL = (
+    '{type = "function", function = {name = "f", description = "d", strict = true, '
+    'parameters = {type = "object", properties = {x = {type = "string"}}, additionalProperties = false}}}'
+)
+TOOL_JSON = (
+    '{"type":"function","function":{"name":"f","description":"d","strict":true,'
+    '"parameters":{"type":"object","properties":{"x":{"type":"string"}},"additionalProperties":false}}}'
+)
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5E"
+    "rkJggg=="
+)
 
 
 class Case(NamedTuple):
@@ -66,7 +77,7 @@ CASES = [
     ),
     *either("logit_bias", '{"7" = 100}', '{"7":100}', {"x": 1}, "logit_bias: the keys are token ids"),
     *either("max_tokens", "7", "7", 0, "max_tokens: a whole number from 1, not 0"),
-    *either("min_tokens", "-1", "-1", -2, "min_tokens: a whole number from -1, not -2"),
+    *either("min_tokens", "-1", "-1", -2, "min_tokens: a whole number from -1, not -2", "max_tokens = 3"),
     *either("min_tokens", "0", "0", 0.5, "min_tokens: a whole number from -1, not 0.5"),
     *either("n", "3", "3", 129, "n: a whole number from 1 to 128, not 129"),
     *either("prompt_cache_key", '"k"', '"k"', "k" * 1025, "prompt_cache_key: a text of at most 1,024"),
@@ -94,7 +105,14 @@ CASES = [
     Case("disable_reasoning", "true", "true", 1, "disable_reasoning: true or false, not 1"),
     Case("logprobs", "true", "true", 3, "logprobs: true or false, not 3"),
     Case("max_completion_tokens", "9", "9", -1, "max_completion_tokens: a whole number from 1, not -1"),
-    Case("min_completion_tokens", "-1", "-1", -2, "min_completion_tokens: a whole number from -1, not -2"),
+    Case(
+        "min_completion_tokens",
+        "-1",
+        "-1",
+        -2,
+        "min_completion_tokens: a whole number from -1, not -2",
+        "max_tokens = 3",
+    ),
     Case("model_parameters", "{x = [1, 1.0]}", '{"x":[1,1.0]}', 5, "model_parameters: a table, not 5"),
     Case("parallel_tool_calls", "false", "false", 0, "parallel_tool_calls: true or false, not 0"),
     Case(
@@ -262,6 +280,37 @@ def test_a_parameter_is_seen_by_the_service(tmp_path: Path, book: Book, case: Ca
     [(path, _, body)] = book.requests
     assert path == ("/v1/chat/completions" if case.endpoint == "chat" else "/v1/completions")
     assert f'"{case.name}":{case.sent}'.encode() in body
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+def test_the_simulator_takes_every_parameter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: Literal["chat", "completions"]
+) -> None:
+    """It checks requests as the service does, and sees each body of the table, and of the messages, as it was made.
+
+    Two it refuses as the service does: what no model has, and what only servers that fill in have.
+    """
+    monkeypatch.setenv("STORY_KEY", stories.KEY)
+    requests: list[dict[str, object]] = [
+        {"prompt": "hi", **tomllib.loads(f"{case.name} = {case.toml}\n{case.beside}")}
+        for case in CASES
+        if case.endpoint == endpoint and case.name != "model"
+    ]
+    if endpoint == "chat":
+        requests += [{"messages": without_null(messages), "model": "qwen-3.8-27b"} for messages in GOOD]
+    model = {"model": "gpt-oss-120b", "endpoint": endpoint}
+    made = [Composer(job(**model | request).request, None, "job").compose(Row(0, {})) for request in requests]
+    bodies = [each.body for each in made if isinstance(each, Request)]
+    assert len(bodies) == len(made)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"key": 0, "v": body.decode()}) + "\n" for body in bodies))
+    whole: dict[str, object] = {"model": None, "prompt": None, "max_completion_tokens": None}
+    whole |= {"body": "{{ v }}", "endpoint": endpoint}
+    with stories.service() as service:
+        path = stories.write_job(tmp_path, service.url, more={"request": whole, "output": {"keep": ["v"]}})
+        result = batcher.run(load(path))
+    refused = {"chat": ["This model has no model_parameters"], "completions": ["suffix is not supported"]}
+    assert result.failures()["message"].to_pylist() == refused[endpoint]
+    assert sorted(entry.body_sha256 for entry in service.book) == sorted(sha256(body).hexdigest() for body in bodies)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

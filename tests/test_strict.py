@@ -195,11 +195,17 @@ def test_doubts() -> None:
     def own(schema: Schema, strict: bool = True) -> Schema:
         return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": strict}}
 
-    assert doubts(own(closed({"a": STRING}))) is None
-    assert doubts(own(root(STRING), strict=False)) is None
-    assert doubts({"type": "json_object"}) is None
-    assert "not closed" in (doubts(own(root(STRING))) or "")
-    assert "/properties/a/pattern" in (doubts(own(closed({"a": {"type": "string", "pattern": "x"}}))) or "")
+    def tool(schema: Schema, strict: bool = True) -> Schema:
+        return {"type": "function", "function": {"name": "f", "parameters": schema, "strict": strict}}
+
+    pattern = closed({"a": {"type": "string", "pattern": "x"}})
+    fine = closed({"a": STRING})
+    assert doubts({"response_format": own(fine), "tools": [tool(fine), tool(pattern, strict=False)]}) is None
+    assert doubts({"response_format": own(root(STRING), strict=False), "tools": "{{ tools }}"}) is None
+    assert doubts({"response_format": {"type": "json_object"}}) is None
+    assert doubts({}) is None
+    assert "response_format has objects that are not closed" in (doubts({"response_format": own(root(STRING))}) or "")
+    assert "tools[1] /properties/a/pattern" in (doubts({"tools": [tool(fine), tool(pattern)]}) or "")
 
 
 MEMBERS = st.recursive(

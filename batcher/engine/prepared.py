@@ -156,10 +156,11 @@ def _parser(template: RequestTemplate, origin: str) -> AnswerSchema | None:
 
 def _format(template: RequestTemplate, dialect: Dialect) -> tuple[Mapping[str, object] | None, str | None]:
     """The `response_format` of the job's schema, and what is to be said of how a schema is sent."""
-    if template.schema is not None:
-        return response_format(template.schema, template.schema_name, dialect.strict_subset)
-    wanted = template.parameters.get("response_format")
-    return None, doubts(wanted) if dialect.strict_subset and isinstance(wanted, Mapping) else None
+    note = doubts(template.parameters) if dialect.strict_subset else None
+    if template.schema is None:
+        return None, note
+    form, left = response_format(template.schema, template.schema_name, dialect.strict_subset)
+    return form, "; ".join(filter(None, (left, note))) or None
 
 
 def _input_folders(job: Job) -> Iterator[Path]:
