@@ -219,8 +219,8 @@ class Job:
             raise JobError(f"{origin}: output.path: {problem}")
         if ledger is None:
             raise JobError(
-                f"{origin}: output.ledger is missing: results may go to a store, their ledger lies on this machine;\n"
-                f'name a place for it, such as ledger = "{Path(self.name).name}.sqlite"'
+                f"{origin}: output.ledger is missing: where results go to a store, it has a place on this machine,"
+                f' such as ledger = "{Path(self.name).name}.sqlite"'
             )
         return Bucket(path, self.ledger_path.with_name(self.ledger_path.name + UNFINISHED))
 

@@ -37,6 +37,7 @@ SINK = ("tests/test_sink.py",)
 WORLDS = ("tests/test_simulation.py", "-k", "every_world")
 POWER = ("tests/test_power_loss.py",)
 RETRY = ("tests/test_retry_command.py",)
+STORES = ("tests/test_stores.py",)
 
 BREAKS = (
     Break(
@@ -145,36 +146,38 @@ BREAKS = (
         "a part is renamed before it is synced",
         "sink.py",
         '        with made.open("rb") as file:\n',
-        '        os.replace(made, target)\n        made = target\n        with made.open("rb") as file:\n',
+        "        self._results.put(made, FileRecord(target, rows, 0, ''))\n"
+        '        made = self._workshop.parent / target\n        with made.open("rb") as file:\n',
         POWER,
     ),
     Break(
         "the folder is not synced after a rename",
         "sink.py",
-        "        _sync_folder(target.parent)\n",
+        "        self._results.settle(target)\n",
         "",
         POWER,
     ),
     Break(
         "the folder is not synced after a removal",
-        "sink.py",
-        "            _sync_folder(self.folder / name)\n",
+        "store/results.py",
+        "            self.settle(name)\n",
         "",
         POWER,
     ),
     Break(
         "parts have a temporary name inside the dataset",
-        "sink.py",
-        "        os.replace(made, target)\n",
-        '        near = target.with_suffix(".new")\n        os.replace(made, near)\n        os.replace(near, target)\n',
+        "store/results.py",
+        "        os.replace(made, self._path / file.name)\n",
+        '        near = (self._path / file.name).with_suffix(".new")\n'
+        "        os.replace(made, near)\n        os.replace(near, self._path / file.name)\n",
         POWER,
     ),
     Break(
         "parts are built in their place",
         "sink.py",
-        '        made, target = self._workshop / f"{name}-{part:06d}", self.folder / _file(name, part)\n',
-        '        made, target = self._workshop / f"{name}-{part:06d}", self.folder / _file(name, part)\n'
-        "        target.write_bytes(made.read_bytes())\n",
+        '        made, target = self._workshop / f"{name}-{part:06d}", _file(name, part)\n',
+        '        made, target = self._workshop / f"{name}-{part:06d}", _file(name, part)\n'
+        "        (self._workshop.parent / target).write_bytes(made.read_bytes())\n",
         POWER,
     ),
     Break(
@@ -208,7 +211,7 @@ BREAKS = (
     Break(
         "a file without rows left stays",
         "sink.py",
-        "            self._remove(name, part)\n",
+        "            self._results.remove(_file(name, part))\n",
         "            pass\n",
         SINK,
     ),
@@ -253,9 +256,23 @@ BREAKS = (
     Break(
         "the output is not locked",
         "engine/run.py",
-        "        stack.enter_context(Lock(output))\n",
+        "            stack.enter_context(Lock(results.folder))\n",
         "",
         ("tests/test_engine.py", "-k", "second_runner"),
+    ),
+    Break(
+        "a store that does not answer is not given time",
+        "store/results.py",
+        "wait = next(waits, None) if self._answers else None",
+        "wait = None",
+        (*STORES, "-k", "comes_back"),
+    ),
+    Break(
+        "results of another ledger are written over",
+        "engine/prepared.py",
+        "    if owner is not None and owner != _known(job, _NAME):\n",
+        "    if owner is not None and not results:\n",
+        (*STORES, "-k", "another_ledger"),
     ),
     Break(
         "the sums of a row that is asked again begin anew",

@@ -295,6 +295,34 @@ def test_a_wrong_value_is_refused(tmp_path: Path, key: str, value: object, said:
     assert [part for part in said if part not in message] == []
 
 
+STORES = [
+    ({"path": "s3://bucket/out"}, "output.ledger is missing"),
+    ({"path": "s3://bucket/out", "ledger": "s3://bucket/l.sqlite"}, "output.ledger: the ledger lies on this machine"),
+    ({"path": "s3://", "ledger": "l.sqlite"}, "output.path: s3://BUCKET/PREFIX, please"),
+    ({"path": "s3:///out", "ledger": "l.sqlite"}, "output.path: s3://BUCKET/PREFIX, please"),
+    ({"path": "s3://id:canary@bucket/out", "ledger": "l.sqlite"}, "output.path: keys do not belong into a path"),
+    ({"path": "s3://bucket/out?secret_key=canary", "ledger": "l.sqlite"}, "output.path: s3:// paths hold no ?"),
+    ({"path": "file:///tmp/out", "ledger": "l.sqlite"}, "output.path: a folder on this machine is named without"),
+]
+
+
+@pytest.mark.parametrize(("output", "message"), STORES)
+def test_a_store_that_cannot_take_results_is_refused(tmp_path: Path, output: dict[str, str], message: str) -> None:
+    """Results in a store need a ledger on this machine and a plain address; a key in it is not repeated."""
+    refused = refusal(write(tmp_path, {**SMALL, "output": output}))
+    assert message in refused
+    assert "canary" not in refused
+
+
+def test_results_may_go_to_a_store(tmp_path: Path) -> None:
+    """The job knows the store; its ledger is absolute in what it writes of itself."""
+    job = load(write(tmp_path, {**SMALL, "output": {"path": "s3://bucket/out/", "ledger": "state/l.sqlite"}}))
+    assert str(job.results) == "s3://bucket/out"
+    assert job.results.folder is None
+    assert job.ledger_path == tmp_path / "state" / "l.sqlite"
+    assert str(job.ledger_path) in job.document().decode()
+
+
 @pytest.mark.parametrize(("key", "value"), LATER)
 def test_what_is_to_come_is_refused(tmp_path: Path, key: str, value: object) -> None:
     """A key or value that is planned but not there yet is refused as such, never passed over."""

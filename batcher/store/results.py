@@ -262,9 +262,8 @@ class Bucket(Results):
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
-        if self.workshop is not None:
-            self.workshop.mkdir(exist_ok=True)
-        descriptor, path = tempfile.mkstemp(prefix="batcher-", dir=self.workshop)
+        near = self.workshop if self.workshop is not None and self.workshop.is_dir() else None  # else no run goes on
+        descriptor, path = tempfile.mkstemp(prefix="batcher-", dir=near)
         try:
             with open(descriptor, "r+b") as file:
                 self._ask(f"{name} cannot be read", lambda: self._copy(name, file))

@@ -11,8 +11,11 @@ from pyarrow import fs
 from batcher.errors import JobError
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-NATIVE = ("s3", "gs", "gcs")
-"""Spoken by Arrow itself; any other scheme is fsspec's, where its package is installed."""
+NATIVE = {"s3": "allow_delayed_open=true", **dict.fromkeys(("gs", "gcs"), "retry_limit_seconds=20")}
+"""Spoken by Arrow itself, and how; any other scheme is fsspec's, where its package is installed.
+
+S3: what is small is put by one request. Google: it would try for 15 minutes where there are no credentials.
+"""
 
 
 def is_remote(path: str) -> bool:
@@ -45,9 +48,7 @@ def connect(uri: str) -> tuple[fs.FileSystem, str]:
     scheme = parts.scheme.lower()
     try:
         if scheme in NATIVE:
-            # Small objects are put by one request then; only what is written is concerned.
-            query = "?allow_delayed_open=true" * (scheme == "s3")
-            native: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri + query)
+            native: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(f"{uri}?{NATIVE[scheme]}")
             return native
         import fsspec
         from pyarrow.fs import FSSpecHandler, PyFileSystem
