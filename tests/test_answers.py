@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 import batcher
 from batcher.dialects import cerebras, openai
+from batcher.engine.prepared import fillable
+from batcher.job import RequestTemplate
 from batcher.records import Answer, Attempt, Choice, Failure, Kind, Outcome, Reply, Timing
 from batcher.sink import FILLABLE, Shape
 from batcher.verify import verify
@@ -137,6 +139,50 @@ def test_what_is_mutated_was_whole(base: dict[str, Any]) -> None:
     assert isinstance(found, Answer) == (base in mutated.ANSWERS)
     if isinstance(found, Answer):
         check_nothing_is_lost(body, found)
+
+
+SEVERAL = {"choices"}
+LIKELY = {"logprobs", "reasoning_logprobs"}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "parameters", "columns"),
+    [
+        ("chat", {}, set()),
+        ("chat", {"n": 1, "tools": [], "logprobs": False, "response_format": None}, set()),
+        ("chat", {"n": 3}, SEVERAL),
+        ("chat", {"n": "{{ n }}"}, SEVERAL),
+        ("chat", {"tools": [{"type": "function"}]}, {"tool_calls"}),
+        ("chat", {"tools": "{{ tools }}"}, {"tool_calls"}),
+        ("chat", {"logprobs": True}, LIKELY),
+        ("chat", {"logprobs": "{{ wanted }}", "reasoning_format": "{{ form }}"}, LIKELY),
+        ("chat", {"logprobs": True, "reasoning_format": "parsed"}, LIKELY),
+        ("chat", {"logprobs": True, "reasoning_format": "text_parsed"}, {"logprobs"}),
+        ("chat", {"response_format": {"type": "json_schema"}}, {"refusal"}),
+        ("completions", {"prompt": "Once", "logprobs": 0}, {"logprobs"}),
+        ("completions", {"prompt": "Once", "logprobs": False}, set()),
+        ("completions", {"prompt": "Once", "return_raw_tokens": True}, {"tokens"}),
+        ("completions", {"prompt": "Say {{ text }}"}, set()),
+        ("completions", {"prompt": "{{ a }}{{ b }}"}, set()),
+        ("completions", {"prompt": " {{ prompts }} "}, SEVERAL),
+        ("completions", {"prompt": ["one", "two"]}, SEVERAL),
+        ("completions", {"prompt": ["one"]}, set()),
+        ("completions", {"prompt": [1, 2, 3]}, set()),
+        ("completions", {"prompt": [[1, 2], [3]]}, SEVERAL),
+    ],
+)
+def test_a_job_has_the_columns_that_it_can_fill(
+    endpoint: Any, parameters: dict[str, object], columns: set[str]
+) -> None:
+    """Decided before the first request: by what is asked for, and where each row says it, by what it may ask for."""
+    assert fillable(RequestTemplate(endpoint=endpoint, parameters=parameters)) == columns
+
+
+def test_what_may_ask_for_anything_has_all_columns() -> None:
+    """Whole requests may; answers by a schema may be refused."""
+    whole = RequestTemplate(endpoint=None, parameters={}, body="{{ body }}")
+    assert fillable(whole) == set(FILLABLE)
+    assert fillable(RequestTemplate(endpoint="chat", parameters={}, schema={"type": "object"})) == {"refusal"}
 
 
 @contextmanager

@@ -132,6 +132,21 @@ def test_stated_waits_are_spread() -> None:
     assert len({wait.wait for wait in waits if wait is not None}) == 50
 
 
+TOLD_TO = (Kind.REJECTED, Kind.REQUEST_TOO_LARGE, Kind.FORBIDDEN, Kind.NOT_SERVED)
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_the_service_s_word_counts_where_the_row_is_refused(kind: Kind) -> None:
+    """`x-should-retry: true` has a refused row asked again, at its charge; `false` ends what would be charged."""
+    tried = {kind: 1}
+    plain = decide(Failure(kind, "m"), tried, 6, 2)
+    told_to = decide(Failure(kind, "m", should_retry=True), tried, 6, 2)
+    assert (told_to is not None) == (plain is not None or kind in TOLD_TO)
+    assert decide(Failure(kind, "m", should_retry=True), {kind: 7}, 6, 2) is None or not TABLE[kind][1]
+    told_not_to = decide(Failure(kind, "m", should_retry=False), tried, 6, 2)
+    assert (told_not_to is not None) == (plain is not None and not TABLE[kind][1])
+
+
 def test_charged_attempts_add_up() -> None:
     """A row's charged failures count together, whatever their kinds."""
     tried = {Kind.UNAVAILABLE: 2, Kind.DISCONNECTED: 2, Kind.CONFLICT: 1}
@@ -336,6 +351,21 @@ def test_what_is_the_rows_own_is_never_systematic(code: str) -> None:
     guard, rejected = Guard(), failure(Kind.REJECTED, code=code)
     assert not guard.holds(rejected)
     assert ends(guard, rejected, 2000) is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Please reduce the length of the messages or completion. Current length is 9000 while limit is 8192",
+        "This model's maximum context length is 8192 tokens.",
+    ],
+)
+def test_a_prompt_that_is_too_long_is_the_rows_own(words: str) -> None:
+    """Not every service sends a code with it."""
+    guard = Guard()
+    failure = Failure(Kind.REJECTED, words, status=400)
+    assert [guard.failed(failure, row, 0.0) for row in range(1_000)] == [None] * 1_000
+    assert not guard.holds(failure)
 
 
 @pytest.mark.parametrize("kind", Kind)

@@ -355,6 +355,20 @@ def minute(resource: str, limit: float | None, remaining: float | None, reset: f
     return Limit(resource, 60.0, limit, remaining, reset)
 
 
+def test_uncached_tokens_are_a_bucket_of_their_own() -> None:
+    """Its level goes by what is not expected from the cache; a refusal that names it closes it, under its own name."""
+    made = dispatcher(max_in_flight=1_000)
+    made.offer(turns(*(request(row, 100, 50) for row in range(1_000))))
+    [first] = taken(made, 0.0, most=1)
+    made.limits([minute("tokens", 90_000, 90_000), minute("uncached_tokens", 6_000, 600)], first, 1.0)
+    assert len(taken(made, 1.0)) == 4
+    assert made.pressure().binds == "uncached tokens per minute"
+    refused = Failure(Kind.RATE_LIMITED, "m", retry_after=9.0, limits=(minute("uncached_tokens", None, 0.0),))
+    made.failed(first, refused, 2.0)
+    assert made.take(2.0) == pytest.approx(11.0)
+    assert set(made.used(2.0)) == {"tokens per minute", "uncached tokens per minute"}
+
+
 def test_headers_correct_the_level() -> None:
     """After a header only what it leaves goes, and then as much as refills."""
     made = dispatcher(max_in_flight=1_000)

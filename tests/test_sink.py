@@ -40,7 +40,7 @@ from batcher.records import (
     Timing,
     Totals,
 )
-from batcher.sink import ROW_GROUP_BYTES, ROW_GROUP_ROWS, Shape, Sink
+from batcher.sink import FILLABLE, ROW_GROUP_BYTES, ROW_GROUP_ROWS, Shape, Sink
 from batcher.store import Folder
 
 SENT = 1_790_000_000_000_000
@@ -318,6 +318,80 @@ def test_an_answer_fills_its_columns(tmp_path: Path) -> None:
         "request_hash": "00" * 15 + "07",
         "altered": False,
     }
+
+
+ALTERNATIVE = "token: string, logprob: double, bytes: binary"
+LOGPROBS = (
+    f"list<element: struct<{ALTERNATIVE}, top_logprobs: list<element: struct<{ALTERNATIVE}>>, text_offset: int32>>"
+)
+
+
+def test_nested_parts_are_typed_columns(tmp_path: Path) -> None:
+    """Calls, log probabilities, tokens and refusals are lists of structs, the same ones in each choice."""
+    output = Output(tmp_path, Shape(pa.schema([]), None, (), None, frozenset(FILLABLE), False))
+    likely = {"token": "\u00e9", "logprob": -0.5, "bytes": [195, 169]}
+    half = {"token": "", "logprob": -1, "bytes": [195]}
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    first = {
+        "message": {"content": "\u00e9", "tool_calls": [call], "refusal": "no"},
+        "finish_reason": "tool_calls",
+        "logprobs": {"content": [{**likely, "top_logprobs": [likely, half]}]},
+        "reasoning_logprobs": {"content": [half]},
+    }
+    second = {"text": None, "tokens": [5, 70_000], "finish_reason": "stop", "index": 1}
+    output.publish([attempt(0, body=answer("", choices=[first, second])), attempt(1)])
+    found = types(output.path("responses"))
+    members = "index: int32, text: string, reasoning: string, finish_reason: string, refusal: string"
+    nested = {
+        "refusal": "string",
+        "tool_calls": TOOL_CALLS,
+        "choices": f"list<element: struct<{members}, tool_calls: {TOOL_CALLS}, logprobs: {LOGPROBS}, "
+        f"reasoning_logprobs: {LOGPROBS}, tokens: list<element: int32>>>",
+        "logprobs": LOGPROBS,
+        "reasoning_logprobs": LOGPROBS,
+        "tokens": "list<element: int32>",
+    }
+    assert {name: found[name] for name in nested} == nested
+    assert list(found)[2:11] == ["response", "reasoning", *nested, "finish_reason"]
+    row, plain = output.rows("responses")
+    kept = {"token": "\u00e9", "logprob": -0.5, "bytes": "\u00e9".encode()}
+    rest = {"token": "", "logprob": -1.0, "bytes": b"\xc3"}
+    parts = {
+        "refusal": "no",
+        "tool_calls": [{"id": "c", "type": "function", "name": "f", "arguments": "{}"}],
+        "logprobs": [{**kept, "top_logprobs": [kept, rest], "text_offset": None}],
+        "reasoning_logprobs": [{**rest, "top_logprobs": None, "text_offset": None}],
+        "tokens": None,
+    }
+    assert {name: row[name] for name in parts} == parts
+    said = {"index": 0, "text": "\u00e9", "reasoning": None, "finish_reason": "tool_calls"}
+    none = dict.fromkeys(("text", "reasoning", *parts))
+    assert row["choices"] == [{**said, **parts}, {**none, "index": 1, "finish_reason": "stop", "tokens": [5, 70_000]}]
+    assert {name: plain[name] for name in parts} == dict.fromkeys(parts)
+    assert not row["altered"]
+    seen = sql(
+        f"SELECT decode(logprobs[1].bytes), choices[2].tokens[2] FROM '{tmp_path}/responses/*.parquet' WHERE row = 0"
+    )
+    assert seen == [("\u00e9", 70_000)]
+    assert polars.read_parquet(tmp_path / "responses/*.parquet")["tool_calls"][0][0]["name"] == "f"
+    assert pandas.read_parquet(tmp_path / "responses")["choices"][0][1]["tokens"].tolist() == [5, 70_000]
+
+
+def test_the_tier_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    """As the request named it, for each attempt; else as the answer repeats it. The used one is the service's word."""
+    output = Output(tmp_path, BARE)
+    told = {"service_tier": "priority", "service_tier_used": "default"}
+    output.publish(
+        [
+            attempt(0, 1, Outcome.AGAIN, tier="flex"),
+            attempt(0, 2, tier="auto", body=answer("x", **told)),
+            attempt(1, body=answer("x", **told)),
+            attempt(2, tier="flex"),
+        ]
+    )
+    tiers = [(row["service_tier"], row["service_tier_used"]) for row in output.rows("responses")]
+    assert tiers == [("auto", "default"), ("priority", "default"), ("flex", None)]
+    assert [row["tier"] for row in output.rows("attempts")] == ["flex", "auto", None, "flex"]
 
 
 def test_unknown_is_null_and_never_zero(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def agree_again(ledger: Ledger, base: Job, prepared: Prepared) -> Shape:
     types = [parser and parser.arrow_type for parser in (_parser(base.request, base.origin), prepared.parser)]
     if types[0] != types[1]:
         raise JobError("--set request.response_format: the columns of the output are fixed; name another output")
-    if new := sorted(_fillable(prepared.job.request) - _fillable(base.request)):
+    if new := sorted(fillable(prepared.job.request) - fillable(base.request)):
         key = "body" if prepared.job.request.body is not None else _FILLED_BY[new[0]]
         raise JobError(
             f"--set request.{key}: the columns of the output are fixed, and {new[0]} is none of them; "
@@ -243,8 +243,8 @@ def _same_input(ledger: Ledger, source: Source) -> pa.Schema:
 
 def _shape(prepared: Prepared, kept: pa.Schema, begun: Job) -> Shape:
     """The columns of an output, by the job that it was begun with."""
-    fillable = _fillable(begun.request)
-    return Shape(kept, begun.input.id, _kept(begun, kept.names), prepared.parser, fillable, begun.output.raw)
+    columns = fillable(begun.request)
+    return Shape(kept, begun.input.id, _kept(begun, kept.names), prepared.parser, columns, begun.output.raw)
 
 
 _FILLED_BY: Mapping[str, str] = {
@@ -258,12 +258,12 @@ _FILLED_BY: Mapping[str, str] = {
 """What has to be asked for so that a column of FILLABLE can be filled."""
 
 
-def _fillable(template: RequestTemplate) -> frozenset[str]:
+def fillable(template: RequestTemplate) -> frozenset[str]:
     """The columns of FILLABLE that answers can fill. What each row's template decides, it may."""
     if template.body is not None:
         return frozenset(FILLABLE)
     asked = template.parameters
-    found = {name for name, key in _FILLED_BY.items() if asked.get(key) not in (None, False, [])}
+    found = {name for name, key in _FILLED_BY.items() if _asks(asked.get(key))}
     if asked.get("n", 1) == 1 and _one_prompt(asked.get("prompt", "")):
         found.discard("choices")
     else:
@@ -273,6 +273,11 @@ def _fillable(template: RequestTemplate) -> frozenset[str]:
     if template.schema is not None:
         found.add("refusal")
     return frozenset(found)
+
+
+def _asks(value: object) -> bool:
+    """Whether a parameter is set; a number of log probabilities may be 0 and still asks for some."""
+    return not (value is None or value is False or value == [])
 
 
 def _one_prompt(prompt: object) -> bool:
