@@ -185,6 +185,64 @@ def test_what_may_ask_for_anything_has_all_columns() -> None:
     assert fillable(RequestTemplate(endpoint="chat", parameters={}, schema={"type": "object"})) == {"refusal"}
 
 
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize(
+    ("request_", "columns"),
+    [
+        ({"tools": [WEATHER], "tool_choice": "required"}, {"tool_calls"}),
+        (
+            {"logprobs": True, "top_logprobs": 3, "reasoning_format": "parsed", "n": 2, "reasoning_effort": "high"},
+            LIKELY | SEVERAL,
+        ),
+        ({"logprobs": True, "top_logprobs": 2, "reasoning_format": "text_parsed", "stream": True}, {"logprobs"}),
+        (
+            {"endpoint": "completions", "prompt": ["{{ text }}", "b", "c"], "return_raw_tokens": True},
+            SEVERAL | {"tokens"},
+        ),
+        ({"endpoint": "completions", "prompt": "Say {{ text }}", "logprobs": 2, "echo": True}, {"logprobs"}),
+    ],
+)
+def test_columns_hold_what_a_service_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: dict[str, object], columns: set[str]
+) -> None:
+    """A job's own parameters, a service over HTTP, and typed columns that say the same as the whole answer does."""
+    monkeypatch.setenv("STORY_KEY", stories.KEY)
+    stories.write_jsonl(tmp_path / "rows.jsonl", 5)
+    changes = {**request_, "max_completion_tokens": None, "max_tokens": 40} if "endpoint" in request_ else request_
+    with stories.service() as service:
+        job = stories.write_job(tmp_path, service.url, more={"request": changes, "output": {"raw": True}})
+        result = batcher.run(batcher.load(job))
+    rows = result.table().to_pylist()
+    assert len(rows) == 5
+    assert {name for name in FILLABLE if name in rows[0]} == columns
+    for row in rows:
+        sent = json.loads(row["raw"])["choices"]
+        assert len(row.get("choices", sent)) == len(sent)
+        for name in columns - SEVERAL:
+            assert row[name], name
+            assert all(name not in choice or choice[name] for choice in row.get("choices", ()))
+        message = sent[0].get("message", {})
+        calls = [{"id": call["id"], "type": call["type"], **call["function"]} for call in message.get("tool_calls", ())]
+        assert row.get("tool_calls", []) == calls
+        assert row.get("tokens") == sent[0].get("tokens") or "tokens" not in columns
+        for name in columns & LIKELY:
+            told = sent[0][name]
+            if "content" in told:
+                assert [(each["token"], each["logprob"], list(each["bytes"])) for each in row[name]] == [
+                    (each["token"], each["logprob"], each["bytes"]) for each in told["content"]
+                ]
+                assert [len(each["top_logprobs"]) for each in row[name]] == [
+                    len(each["top_logprobs"]) for each in told["content"]
+                ]
+            else:
+                assert [(each["token"], each["logprob"], each["text_offset"]) for each in row[name]] == list(
+                    zip(told["tokens"], told["token_logprobs"], told["text_offset"], strict=True)
+                )
+    assert verify(tmp_path / "out").problems == []
+
+
 @contextmanager
 def serving(bodies: list[bytes]) -> Iterator[str]:
     """A service that gives each row the body of its number, with status 200."""
