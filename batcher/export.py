@@ -266,8 +266,19 @@ _COMPLETION_DETAILS = {
 _TIMES = ("queue_time", "prompt_time", "completion_time", "total_time")
 _SAID = ("system_fingerprint", "service_tier", "service_tier_used")
 _ANSWER_COLUMNS = {
-    *("row", "id", "response", "reasoning", "tool_calls", "choices", "finish_reason", "model", "response_id"),
-    *("finished_at", "request_hash", "raw"),
+    *(
+        "row",
+        "id",
+        "response",
+        "reasoning",
+        "refusal",
+        "tool_calls",
+        "choices",
+        "logprobs",
+        "reasoning_logprobs",
+        "tokens",
+    ),
+    *("finish_reason", "model", "response_id", "finished_at", "request_hash", "raw"),
     *_TOKENS,
     *_PROMPT_DETAILS,
     *_COMPLETION_DETAILS,
@@ -320,7 +331,7 @@ def _chat_completion(row: _Row) -> _Row:
     """The answer as the chat endpoint gives it, from the columns."""
 
     def choice(of: _Row) -> _Row:
-        message: _Row = {"role": "assistant", "content": of["text"], "refusal": None}
+        message: _Row = {"role": "assistant", "content": of["text"], "refusal": of.get("refusal")}
         if of.get("reasoning") is not None:
             message["reasoning"] = of["reasoning"]
         if of.get("tool_calls"):
@@ -332,7 +343,11 @@ def _chat_completion(row: _Row) -> _Row:
                 }
                 for call in of["tool_calls"]
             ]
-        return {"index": of["index"], "message": message, "logprobs": None, "finish_reason": of["finish_reason"]}
+        made: _Row = {"index": of["index"], "message": message, "finish_reason": of["finish_reason"]}
+        made["logprobs"] = _chat_logprobs(of.get("logprobs"))
+        if of.get("reasoning_logprobs") is not None:
+            made["reasoning_logprobs"] = _chat_logprobs(of["reasoning_logprobs"])
+        return made
 
     return _answer(row, "chat.completion", choice)
 
@@ -341,9 +356,40 @@ def _completion(row: _Row) -> _Row:
     """The answer as the completions endpoint gives it, from the columns."""
 
     def choice(of: _Row) -> _Row:
-        return {"index": of["index"], "text": of["text"], "logprobs": None, "finish_reason": of["finish_reason"]}
+        made: _Row = {"index": of["index"], "text": of["text"], "finish_reason": of["finish_reason"]}
+        made["logprobs"] = _logprobs(of.get("logprobs"))
+        if of.get("tokens") is not None:
+            made["tokens"] = of["tokens"]
+        return made
 
     return _answer(row, "text_completion", choice)
+
+
+def _chat_logprobs(tokens: list[_Row] | None) -> _Row | None:
+    return None if tokens is None else {"content": [_token(token) for token in tokens], "refusal": None}
+
+
+def _token(token: _Row) -> _Row:
+    made: _Row = {"token": token["token"], "logprob": token["logprob"]}
+    made["bytes"] = None if token["bytes"] is None else list(token["bytes"])
+    if token.get("top_logprobs") is not None:
+        made["top_logprobs"] = [_token(each) for each in token["top_logprobs"]]
+    return made
+
+
+def _logprobs(tokens: list[_Row] | None) -> _Row | None:
+    """Four lists side by side, as the completions endpoint gives them."""
+    if tokens is None:
+        return None
+    likeliest = [
+        each and {other["token"]: other["logprob"] for other in each} for each in (t["top_logprobs"] for t in tokens)
+    ]
+    return {
+        "tokens": [token["token"] for token in tokens],
+        "token_logprobs": [token["logprob"] for token in tokens],
+        "top_logprobs": likeliest,
+        "text_offset": [token["text_offset"] for token in tokens],
+    }
 
 
 def _answer(row: _Row, name: str, choice: Callable[[_Row], _Row]) -> _Row:

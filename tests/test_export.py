@@ -140,6 +140,49 @@ def test_all_choices_and_completions(service: Simulator, tmp_path: Path) -> None
         assert line["response"]["body"]["choices"][0]["text"]
 
 
+def test_log_probabilities_and_tokens_take_their_endpoint_s_form(service: Simulator, tmp_path: Path) -> None:
+    """From the columns, as the service would have sent them: the same answers with `raw` are exported as they came."""
+    table = pa.table({"text": texts()})
+    chat: dict[str, object] = {
+        "logprobs": True,
+        "top_logprobs": 2,
+        "reasoning_format": "parsed",
+        "reasoning_effort": "high",
+        "n": 2,
+    }
+    completions = {
+        "endpoint": "completions",
+        "prompt": "Say {{ text }}",
+        "max_completion_tokens": None,
+        "max_tokens": 9,
+    }
+    requests: list[dict[str, object]] = [
+        chat,
+        {**completions, "logprobs": 2},
+        {**completions, "return_raw_tokens": True},
+    ]
+    for number, request in enumerate(requests):
+        found = []
+        for raw in (False, True):
+            (folder := tmp_path / f"{number}{raw}").mkdir()
+            output = made(folder, service.url, table, {"request": {**request, "seed": 7}, "output": {"raw": raw}})
+            found.append(
+                [line["response"]["body"]["choices"] for line in lines(export(output, "openai-batch").answers)]
+            )
+        parts, came = ([[comparable(each) for each in choices] for choices in choices] for choices in found)
+        assert parts == came
+
+
+def comparable(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice without what is null, and without the role that all have."""
+    message = {name: member for name, member in choice.pop("message", {}).items() if member and name != "role"}
+    choice |= {"message": message} if message else {}
+    for name in ("logprobs", "reasoning_logprobs"):
+        if choice.get(name):
+            choice[name] = {key: value for key, value in choice[name].items() if value is not None}
+    return {name: member for name, member in choice.items() if member is not None}
+
+
 def test_a_row_that_was_never_sent_has_no_response(service: Simulator, tmp_path: Path) -> None:
     """Its line in the error file says why, and that nothing came."""
     table = pa.table({"text": ["a", None, "b"]})
