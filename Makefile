@@ -8,7 +8,7 @@ quickstart: .venv/ready
 	$(BIN)/batcher run jobs/tickets.toml
 
 test: .venv/ready-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

@@ -428,7 +428,7 @@ def test_an_answer_may_be_short_of_text(message: object, finish_reason: str) -> 
         b'{"choices": [{"text": "a", "finish_reason": "stop"}], "x": ' + b"[" * 100_000,
         b'{"choices": [{"text": "a", "finish_reason": "stop"}], "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"choices": [{"text": "a", "finish_reason": "stop"}], "usage": {"total_tokens": ' + b"9" * 5000 + b"}}",
-        gzip.compress(b"{}"),
+        gzip.compress(b"{}", mtime=0),
         b"\x00" * 100,
     ],
 )

@@ -296,7 +296,7 @@ def test_a_large_request_arrives_whole() -> None:
 @pytest.mark.parametrize(
     "raw",
     [
-        answer(gzip.compress(ANSWER), "Content-Encoding: gzip\r\n"),
+        answer(gzip.compress(ANSWER, mtime=0), "Content-Encoding: gzip\r\n"),
         answer(zlib.compress(ANSWER), "Content-Encoding: deflate\r\n"),
         answer(ANSWER, "Content-Encoding: identity\r\n"),
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(ANSWER), ANSWER),
@@ -594,11 +594,11 @@ def test_a_bomb_is_not_unpacked(chunked: bool) -> None:
 @pytest.mark.parametrize(
     ("encoding", "body"),
     [
-        ("gzip", gzip.compress(ANSWER)[:-9]),
-        ("gzip", gzip.compress(ANSWER) + b"more"),
+        ("gzip", gzip.compress(ANSWER, mtime=0)[:-9]),
+        ("gzip", gzip.compress(ANSWER, mtime=0) + b"more"),
         ("gzip", ANSWER),
         ("br", ANSWER),
-        ("gzip, gzip", gzip.compress(gzip.compress(ANSWER))),
+        ("gzip, gzip", gzip.compress(gzip.compress(ANSWER, mtime=0), mtime=0)),
     ],
     ids=["cut", "more", "plain", "unasked", "nested"],
 )
@@ -646,7 +646,7 @@ def test_a_refusal_is_read_by_the_dialect() -> None:
     headers = (
         "x-ratelimit-limit-tokens-minute: 30000\r\nx-ratelimit-reset-tokens-minute: 11.5\r\nContent-Encoding: gzip\r\n"
     )
-    found = failure(saying(answer(gzip.compress(body), headers, "429 Too Many Requests")))
+    found = failure(saying(answer(gzip.compress(body, mtime=0), headers, "429 Too Many Requests")))
     assert (found.kind, found.status, found.code) == (Kind.RATE_LIMITED, 429, "token_quota_exceeded")
     assert found.retry_after == 11.5
     assert [(limit.resource, limit.window, limit.limit, limit.remaining) for limit in found.limits] == [
@@ -1173,7 +1173,7 @@ FRAGMENTS = st.sampled_from(
         b"3\r\n{}\n\r\n",
         b"0\r\n\r\n",
         b'{"error":1}',
-        gzip.compress(ANSWER),
+        gzip.compress(ANSWER, mtime=0),
     ]
 )
 
