@@ -487,6 +487,21 @@ class TestQueues:
         assert rates[5] == pytest.approx(20, rel=0.05)
         assert rates[7] == pytest.approx(40, rel=0.05)
 
+    @given(first=st.floats(0.0, 1e6))
+    def test_a_drift_goes_on_from_any_moment(self, first: float) -> None:
+        """Whenever the first request came, and however its seconds are rounded, the next look is always later."""
+        how = replace(STILL, capacity=1, latency=9.5, queue_limit=60.0, drift={"": ((0, 1.0), (20, 0.5))})
+        service, now = Service(how), first
+        ask(service, question(), now)
+        waiting = queued(service, question("Later?"), now)
+        while waiting.answer is None:
+            at = service.next()
+            assert at is not None
+            assert at > now
+            now = at
+            service.advance(now)
+        assert now == pytest.approx(first + 9.5)
+
     def test_a_tier_drifts_alone(self) -> None:
         """The course of one tier leaves the others' places as they are, and each replica has at least one."""
         how = replace(STILL, capacities={"flex": 9}, replicas=2, drift={"flex": ((0, 0.0),)})

@@ -519,7 +519,7 @@ class Service:
         if at < math.inf and self._first is not None:
             ends = max((course[-1][0] for course in self.settings.drift.values() if course), default=0.0)
             if self._flowed < self._first + ends:  # it drifts in steps of a second
-                at = min(at, self._first + math.floor(self._flowed - self._first) + 1)
+                at = min(at, self._first + self._second(self._flowed) + 1)
         return at
 
     def _flow(self, now: float) -> None:
@@ -544,10 +544,16 @@ class Service:
                 line.occupy(waiting.tier, until, called=True)
                 self._begun.append(waiting)
 
+    def _second(self, now: float) -> int:
+        """Whole seconds since the first request, such that the next begins after now: rounding may hide the last."""
+        first = self._first or 0.0
+        passed = math.floor(now - first)
+        return passed + (first + passed + 1 <= now)
+
     def _resize(self, now: float) -> None:
         """Give the lines the places that they have by the settings."""
         self._sized = self.settings
-        seconds = math.floor(now - (self._first or 0.0))
+        seconds = self._second(now)
         whole, *own = (self.settings.places(tier, seconds) for tier in ("", *queues.TIERS))
         for number, line in enumerate(self._lines):
             line.resize(whole[number], {tier: places[number] for tier, places in zip(queues.TIERS, own, strict=True)})
