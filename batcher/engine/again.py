@@ -264,10 +264,10 @@ class _Again(Feed):
         """Offer one part's rows that are asked again; false when the run ends in it."""
         opened = await self._range(part)
         rows, again = opened.rows, opened.again
+        opened.changed = part in self._progress
         progress = self._progress.pop(part, None) or Progress(frozenset(), 0, {})
         wanted = again.keys() - progress.done
         await self._press.begin(opened, len(wanted), self._dispatcher.window.ceiling)
-        opened.changed = bool(progress.done)
         # Their attempts are counted on from those of before; what failed then is forgiven.
         before: dict[int, tuple[int, dict[Kind, int]]] = {row: (again[row].attempts, {}) for row in wanted}
         tried = before | progress.tried

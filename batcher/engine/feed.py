@@ -180,12 +180,14 @@ class Feed:
         self.ended = True
 
     async def reopen(self) -> None:
-        """Open the ranges that were not reached and of which earlier runs recorded more than they published."""
-        for part, progress in self._progress.items():
-            if progress.done:
-                opened = await self._range(part)
-                opened.changed = True
-                self._press.open[part] = opened
+        """Open the ranges that were not reached and of which earlier runs recorded more than they published.
+
+        Attempts are enough: a killed run may have put a part with nothing else into its place, and not noted it.
+        """
+        for part in self._progress:
+            opened = await self._range(part)
+            opened.changed = True
+            self._press.open[part] = opened
 
     async def _range(self, part: int) -> Range:
         """A range as it is before anything of it is offered."""
@@ -212,8 +214,8 @@ class Feed:
         rows = opened.rows
         await self._press.begin(opened, wanted.bit_count(), self._dispatcher.window.ceiling)
         opened.done = self._done.get(part, 0) | wanted
+        opened.changed = part in self._progress
         progress = self._progress.pop(part, None) or Progress(frozenset(), 0, {})
-        opened.changed = bool(progress.done)
         seen = rows.start
         async for batch in reader.until(rows.stop):
             if seen == rows.start:
