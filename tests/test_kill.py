@@ -97,6 +97,21 @@ def test_what_a_killed_run_recorded_is_published_by_a_run_that_ends_before_it_ge
         story.check_repeats()
 
 
+def test_a_part_of_nothing_but_attempts_that_was_not_noted_is_no_stranger(tmp_path: Path) -> None:
+    """Killed between placing and noting it while nothing was answered; the next run ends there, too, and is verified."""
+    stories.write_jsonl(tmp_path / "rows.jsonl", 30)
+    with stories.service(faults={"500": 1.0}) as service:
+        job = stories.write_job(tmp_path, service.url, in_flight=4)
+        story = stories.Kills(tmp_path, service, job, in_flight=4, seed=0)
+        assert story.kill_once(8, within=60, drained=True, BATCHER_KILLPOINT="responses.renamed:1")
+    assert list((tmp_path / "out" / "responses").iterdir()), "killed before the part was in its place"
+    with stories.service(models=("another",)) as service:  # such a run ends before it asks a row
+        ended = stories.run(job, "--set", f"service.base_url={service.url}")
+        assert ended.returncode == 4, ended.stderr
+        checked = stories.program("verify", str(tmp_path / "out"))
+        assert checked.returncode == 0, checked.stdout
+
+
 @pytest.mark.soak
 def test_two_hundred_kills_over_five_thousand_rows(tmp_path: Path) -> None:
     """The long form: 200 kills over runs of 5,000 rows."""
