@@ -98,7 +98,7 @@ def test_what_a_killed_run_recorded_is_published_by_a_run_that_ends_before_it_ge
 
 
 def test_a_part_of_nothing_but_attempts_that_was_not_noted_is_no_stranger(tmp_path: Path) -> None:
-    """Killed between placing and noting it while nothing was answered; the next run ends there, too, and is verified."""
+    """Killed between placing and noting it while nothing was answered; the next run, too, ends there."""
     stories.write_jsonl(tmp_path / "rows.jsonl", 30)
     with stories.service(faults={"500": 1.0}) as service:
         job = stories.write_job(tmp_path, service.url, in_flight=4)
