@@ -17,6 +17,7 @@ from msgspec import Meta, Struct
 
 from batcher.checks import allowed, place_of, shown, word
 from batcher.errors import JobError
+from batcher.imported import is_reference, json_schema
 from batcher.parameters import CHAT, COMPLETIONS, Count, Text, Tier, clash, is_template, misfit_given
 from batcher.records import Price, Rates
 from batcher.store import UNFINISHED, Bucket, Folder, Results, is_remote, unfit
@@ -71,6 +72,7 @@ class Retry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     max_attempts: Annotated[int, Meta(ge=1, le=100)] = 6
     max_invalid: Annotated[int, Meta(ge=0, le=100)] = 2
+    repair: bool = False
 
 
 class Output(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +83,24 @@ class Output(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     keep: list[Text] | Literal["all"] = "all"
     rows_per_part: Annotated[int, Meta(ge=1, le=10_000_000)] = 50_000
     raw: bool = False
+
+
+class Reading(Struct, frozen=True, kw_only=True):
+    """How the answers' texts are read; nothing of it is sent."""
+
+    parse: str | None = None
+    """`regex:…`, or `module:Type`."""
+    schema: dict[str, object] | None = None
+    """What JSON answers have to fit: the type's, or the job's own."""
+    schema_name: str = "answer"
+    choices: tuple[str, ...] | None = None
+    vote: bool = False
+
+    @property
+    def pattern(self) -> str | None:
+        """The regular expression that takes the value out of a text."""
+        given = self.parse or ""
+        return given.removeprefix(_REGEX) if given.startswith(_REGEX) else None
 
 
 class RequestTemplate(Struct, frozen=True, kw_only=True):
@@ -95,16 +115,21 @@ class RequestTemplate(Struct, frozen=True, kw_only=True):
     body: str | None = None
     """A template that gives a whole request, in place of all parameters."""
     schema: dict[str, object] | None = None
+    """The schema that is sent as `response_format`, and its name."""
     schema_name: str = "answer"
+    reading: Reading = Reading()
 
 
-_SHORTHANDS = ("endpoint", "system", "prompt", "body", "extra")
+_REGEX = "regex:"
+READING = ("parse", "choices", "vote")
+"""Keys of `[request]` that are not sent: they say how answers are read."""
+_SHORTHANDS = ("endpoint", "system", "prompt", "body", "extra", *READING)
+_WITHOUT_CHAT = ("endpoint", "body", "extra", *READING)
 _KEY_ITSELF = re.compile(r"(?=.*\d)(?=.*[a-z])\w{24,}", re.ASCII)
 """What nobody calls a variable: a service's key, some of which are words."""
 
 _LATER = {
     "schedule": ("deadline", "budget_usd", "dedupe", "wait"),
-    "retry": ("repair",),
     "": ("sweep", "score"),
 }
 _LATER_VALUES = {
@@ -187,6 +212,8 @@ class Job:
         self.output: Output = _section(Output, "output", sections["output"], origin)
         self.texts = dict(texts or {})
         self.request = _request(sections["request"], batch, self.folder, origin, self.texts)
+        if self.retry.repair and (self.request.endpoint != "chat" or self.request.body is not None):
+            raise JobError(f"{origin}: retry.repair: only where the job has messages: it adds two to them")
         inputs = [self.input.path] if isinstance(self.input.path, str) else self.input.path or []
         places = [("input.path", place) for place in inputs]
         places += [("output.path", self.output.path), ("output.ledger", self.output.ledger or "")]
@@ -248,19 +275,25 @@ class Job:
             if section == "request" and keys[0] != "extra":
                 value = _with_files(sections[section][keys[0]], self.folder, f"{self.origin}: request.{keys[0]}", {})
                 sections[section][keys[0]] = value
-                if isinstance(value, dict) and isinstance(value.get("schema"), str):
-                    texts.pop(value["schema"], None)
+                named = value.get("schema") if isinstance(value, dict) else value
+                if isinstance(named, str):
+                    texts.pop(named, None)
         return from_document({"name": self.name, **sections}, self.folder, self.origin, texts)
 
     def meaning(self) -> dict[str, object]:
         """What may not change between the runs of one output, by dotted key, as JSON-able values."""
         parameters = {f"request.{name}": value for name, value in self.request.parameters.items()}
+        reading = self.request.reading
         return {
             "request.endpoint": self.request.endpoint,
             **parameters,
             "request.extra": self.request.extra,
             "request.body": self.request.body,
             "request.response_format.schema": self.request.schema,
+            "request.parse": reading.parse,
+            "request.parse.schema": None if reading.schema is self.request.schema else reading.schema,
+            "request.choices": reading.choices,
+            "request.vote": reading.vote,
             "service.host": SIMULATOR
             if self.service.base_url == SIMULATOR
             else urlsplit(self.service.base_url).hostname,
@@ -443,18 +476,19 @@ def _request(
     known = CHAT if chat else COMPLETIONS
     for key, value in given.items():
         _refuse_later("request", key, value, origin)
-        if key not in known and not (key in _SHORTHANDS if chat else key in ("endpoint", "body", "extra")):
+        own = _SHORTHANDS if chat else _WITHOUT_CHAT
+        if key not in known and key not in own:
             if key in {*CHAT, *COMPLETIONS, *_SHORTHANDS}:
                 raise JobError(f"{origin}: request.{key}: not with endpoint = {shown(endpoint)}")
-            own = _SHORTHANDS if chat else ("endpoint", "body", "extra")
             raise _unknown("request", key, {*known, *own}, origin)
+    reading = _reading(given, folder, origin, texts)
     if "body" in given:
-        return _whole_request(given, batch, folder, origin, texts)
+        return _whole_request(given, batch, folder, origin, texts, reading)
     extra = _extra(given.get("extra", {}), origin)
     values = {
         key: _with_files(value, folder, f"{origin}: request.{key}", texts)
         for key, value in given.items()
-        if key not in ("endpoint", "extra")
+        if key not in ("endpoint", "extra", *READING)
     }
     schema: dict[str, object] | None = None
     schema_name = "answer"
@@ -464,6 +498,14 @@ def _request(
             raise JobError(f"{origin}: request.response_format: schema stands alone, or give the API's own object")
         schema, schema_name = _schema(wanted["schema"], folder, f"{origin}: request.response_format.schema", texts)
         del values["response_format"]
+        if reading.parse is None:
+            reading = msgspec.structs.replace(reading, schema=schema, schema_name=schema_name)
+    elif wanted is None and chat and reading.schema is not None:
+        schema, schema_name = reading.schema, reading.schema_name
+    if reading.choices is not None and reading.pattern is None and (reading.schema or "response_format" in values):
+        raise JobError(f"{origin}: request.choices: not with a schema; let the schema have an enum")
+    if reading.vote and values.get("n", 1) == 1:
+        raise JobError(f"{origin}: request.vote: only with n, the number of answers")
 
     if chat:
         for key in ("system", "prompt"):
@@ -488,7 +530,51 @@ def _request(
             raise JobError(f"{origin}: request.{key}: JSON has no infinity and no nan")
     if wrong := clash(values if schema is None else {**values, "response_format": {"type": "json_schema"}}):
         raise JobError(f"{origin}: request: {wrong}")
-    return RequestTemplate(endpoint=endpoint, parameters=values, extra=extra, schema=schema, schema_name=schema_name)
+    return RequestTemplate(
+        endpoint=endpoint,
+        parameters=values,
+        extra=extra,
+        schema=schema,
+        schema_name=schema_name,
+        reading=reading,
+    )
+
+
+def _reading(given: Mapping[str, object], folder: Path, origin: str, texts: dict[str, str]) -> Reading:
+    """How answers are read: the keys of `[request]` that are not sent. A type is imported unless `texts` knows it."""
+    parse, choices, vote = (given.get(key) for key in READING)
+    schema: dict[str, object] | None = None
+    name = "answer"
+    if isinstance(parse, str) and parse.startswith(_REGEX):
+        try:
+            re.compile(parse.removeprefix(_REGEX))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise JobError(f"{origin}: request.parse: not a regular expression: {error}") from None
+    elif isinstance(parse, str) and is_reference(parse):
+        try:
+            if parse not in texts:
+                texts[parse] = msgspec.json.encode(json_schema(parse, folder)).decode()
+        except JobError as error:
+            raise JobError(f"{origin}: request.parse: {error}") from None
+        schema, name = msgspec.json.decode(texts[parse], type=dict[str, object]), parse.partition(":")[2]
+        name = name.rpartition(".")[2]
+    elif parse is not None:
+        raise JobError(f'{origin}: request.parse: "module:Type" or "regex:…", not {shown(parse)}')
+    try:
+        labels = msgspec.convert(choices, Annotated[list[Text], Meta(min_length=1)] | None)
+    except msgspec.ValidationError:
+        raise JobError(f"{origin}: request.choices: a list of texts, not {shown(choices)}") from None
+    if labels is not None and (twice := [label for label in labels if labels.count(label) > 1]):
+        raise JobError(f"{origin}: request.choices: {shown(twice[0])} stands twice")
+    if vote not in (None, "majority"):
+        raise JobError(f'{origin}: request.vote: "majority", not {shown(vote)}')
+    return Reading(
+        parse=parse,
+        schema=schema,
+        schema_name=name,
+        choices=None if labels is None else tuple(labels),
+        vote=vote is not None,
+    )
 
 
 def _extra(given: object, origin: str) -> dict[str, object]:
@@ -518,20 +604,22 @@ def _is_json(value: object) -> bool:
 
 
 def _whole_request(
-    given: Mapping[str, object], batch: bool, folder: Path, origin: str, texts: dict[str, str]
+    given: Mapping[str, object], batch: bool, folder: Path, origin: str, texts: dict[str, str], reading: Reading
 ) -> RequestTemplate:
-    """A `[request]` section with `body`, beside which nothing stands but `endpoint`."""
+    """A `[request]` section with `body`, beside which nothing stands but `endpoint` and how answers are read."""
     for key in given:
         if key == "endpoint" and batch:
             raise JobError(f"{origin}: request.endpoint: in a batch file the url of each row names it")
-        if key not in ("endpoint", "body"):
+        if key not in ("endpoint", "body", *READING):
             why = "a batch file's rows are whole requests" if batch else "body is a whole request"
             raise JobError(f"{origin}: request.{key}: {why}; nothing is added to it")
     body = _with_files(given["body"], folder, f"{origin}: request.body", texts)
     if not isinstance(body, str) or not is_template(body):
         raise JobError(f'{origin}: request.body: a template such as "{{{{ body }}}}", not {shown(body)}')
     endpoint: Any = None if batch else given.get("endpoint", "chat")
-    return RequestTemplate(endpoint=endpoint, parameters={}, body=body)
+    if reading.choices is not None and reading.schema is not None:
+        raise JobError(f"{origin}: request.choices: not with a schema; let the schema have an enum")
+    return RequestTemplate(endpoint=endpoint, parameters={}, body=body, reading=reading)
 
 
 def _with_files(value: object, folder: Path, where: str, texts: dict[str, str]) -> object:

@@ -158,6 +158,12 @@ class Failure(msgspec.Struct, frozen=True, gc=False):
     """Whether the service says to ask again; None where it does not say."""
 
 
+class Misfit(NamedTuple):
+    """Why a text is no answer: the JSON pointer and the reason, at most 300 printable characters."""
+
+    message: str
+
+
 class ToolCall(msgspec.Struct, frozen=True, gc=False):
     """One call that the model asks for; `arguments` is JSON text as the model wrote it."""
 

@@ -23,6 +23,7 @@ from batcher.records import (
     Failure,
     FileRecord,
     Former,
+    Misfit,
     Outcome,
     Token,
     Totals,
@@ -109,7 +110,7 @@ _REPETITIVE = [
 ]
 _LONG = {"response", "reasoning", "raw", "body", "message", "request_hash", "response_id"}
 NAMES = {
-    *("row", "id", "parsed", *FILLABLE, "altered", "raw"),
+    *("row", "id", "parsed", "vote_share", *FILLABLE, "altered", "raw"),
     *(name for name, _ in (*_TEXT, *_ANSWER, *_FAILURE)),
 }
 """Every column name that is ours, now or in a later version of a job: kept columns give way to them."""
@@ -120,12 +121,13 @@ _NONE_AGAIN: Mapping[int, Former] = MappingProxyType({})
 
 
 class Parser(Protocol):
-    """Reads the typed value out of an answer's text; the job's schema implements it."""
+    """Reads the typed value out of an answer; `parse` has those that there are."""
 
-    arrow_type: pa.StructType
+    arrow_type: pa.DataType
+    vote: bool
 
-    def read(self, text: str | None) -> Any:
-        """The typed value of an answer's text."""
+    def choose(self, texts: Sequence[str | None]) -> tuple[Any, float | None] | Misfit:
+        """The typed value of an answer with these choices, and the share of them that have it, by vote."""
 
     def column(self, values: Sequence[Any]) -> tuple[pa.Array, list[int]]:
         """Values as an Arrow array, and the indices of those that could not be held exactly."""
@@ -160,6 +162,8 @@ class Shape(NamedTuple):
     def responses(self) -> pa.Schema:
         """The columns of `responses`."""
         parsed = [("parsed", self.parser.arrow_type)] if self.parser else []
+        if self.parser and self.parser.vote:
+            parsed.append(("vote_share", pa.float64()))
         raw = [("raw", pa.string())] if self.raw else []
         text = [*_TEXT[:1], *parsed, *_TEXT[1:], *self.nested()]
         named = [*text, *_ANSWER, *_PAID, ("altered", pa.bool_()), *raw]
@@ -409,10 +413,8 @@ class Sink:
         response, reasoning, *others = columns
         parsed: list[pa.Array] = []
         if self._shape.parser is not None:
-            column, changed = self._shape.parser.column(
-                [self._shape.parser.read(answer.choices[0].text) for answer in group.answers]
-            )
-            parsed = [column]
+            texts = ([choice.text for choice in answer.choices] for answer in group.answers)
+            parsed, changed = _parsed(self._shape.parser, texts)
             altered.update(changed)
         nested = [_nested(group.answers, name, kind, altered) for name, kind in self._shape.nested()]
         raw = [_texts(group.bodies, altered)] if self._shape.raw else []
@@ -588,6 +590,18 @@ def _pairs(attempts: pa.Table) -> Iterator[tuple[int, int]]:
 
 def _file(name: str, part: int) -> str:
     return f"{name}/part-{part:06d}.parquet"
+
+
+def _parsed(parser: Parser, answers: Iterable[Sequence[str | None]]) -> tuple[list[pa.Array], list[int]]:
+    """The columns that a parser makes of answers' texts, and the indices of those that could not be held exactly.
+
+    An answer that does not fit any more, since others are how answers are read, is null.
+    """
+    chosen = [parser.choose(texts) for texts in answers]
+    read = [(None, None) if isinstance(each, Misfit) else each for each in chosen]
+    column, altered = parser.column([value for value, _ in read])
+    shares = [pa.array([share for _, share in read], pa.float64())] if parser.vote else []
+    return [column, *shares], altered
 
 
 def _columns(

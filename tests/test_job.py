@@ -273,7 +273,6 @@ LATER = [
     ("schedule.budget_usd", 20.0),
     ("schedule.dedupe", False),
     ("schedule.wait", True),
-    ("retry.repair", False),
 ]
 
 

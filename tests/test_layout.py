@@ -12,7 +12,7 @@ ROOT = Path(batcher.__file__).parent
 
 FLOORS = (
     {"bits", "checks", "errors", "images", "killpoint", "payload", "redact"},
-    {"parameters", "records"},
+    {"imported", "parameters", "records"},
     {"store"},
     {"job"},
     {"dialects", "ledger", "parse", "prompt", "report", "retry", "schedule", "schema", "sink", "source"}

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batcher.errors import JobError
-from batcher.parse import AnswerSchema, Misfit, format_schema
+from batcher.parse import AnswerSchema, format_schema
+from batcher.records import Misfit
 
 STRING = {"type": "string"}
 INTEGER = {"type": "integer"}
@@ -325,9 +326,7 @@ TICKET = of(
         ("", "not JSON: Expecting value, at character 0 of 0"),
         ("It is a bug.", "not JSON: Expecting value, at character 0 of 12"),
         ("{'label': 'bug'}", "not JSON: Expecting property name enclosed in double quotes, at character 1 of 16"),
-        ('{"label": "bug"} I hope', "not JSON: Extra data, at character 17 of 23"),
         ('{"label": "bug"', "not JSON: Expecting ',' delimiter, at character 15 of 15"),
-        ('```json\n{"label": "bug"}\n```', "not JSON: Expecting value, at character 0 of 28"),
         ('{"label": "bug", "size": NaN}', "NaN is not a JSON number"),
         ('{"label": "bug", "size": -Infinity}', "-Infinity is not a JSON number"),
         ('{"label": "bug", "size": 1e999}', "the number 1e999 is out of range"),
@@ -358,6 +357,46 @@ TICKET = of(
 )
 def test_misfits_say_where_and_why(text: str | None, expected: str) -> None:
     """A text that does not fit gets one line: the JSON pointer of the place, and the reason."""
+    assert message(TICKET, text)[: len(expected)] == expected
+
+
+FOUND = '{"label": "bug", "level": 2}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"```json\n{FOUND}\n```",
+        f"```\n{FOUND}\n```\nI hope that this helps.",
+        f"Here is the answer: {FOUND} I hope that this helps.",
+        f'First I thought {{"label": "bill"}}, but no: {FOUND}',
+        f"Of [1] and {{those}} I take {FOUND}",
+        f"{FOUND}\n\nThat was it }} or so.",
+        f"{FOUND}{FOUND}",
+    ],
+)
+def test_an_object_in_prose_is_found(text: str) -> None:
+    """Where the text is no JSON, the last object in it that stands in no other brackets is the answer."""
+    value = fitting(TICKET, text)
+    assert (value["label"], value["level"]) == ("bug", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('Sure: {"more": {"label": "bug"}, "size": NaN}', "NaN is not a JSON number"),
+        ('Sure: {"label": "bug", "label": "bug"}', 'the key "label" stands twice in one object'),
+        ("Sure: {'label': 'bug', 'more': {\"label\": \"bug\"}}", "not JSON: Expecting value, at character 0 of "),
+        ('Sure: {"more": {"label": "bug"}, "label": "b', "not JSON: Expecting value, at character 0 of "),
+        ('{"label": "bug"} or rather {"label": "b', "not JSON: Extra data, at character 17 of "),
+        ('Sure: ["a", {"label": "bug"}', "not JSON: Expecting value, at character 0 of "),
+        ('Sure: ["a", {"label": "bug"}]', "not JSON: Expecting value, at character 0 of "),
+        ("{'label': 'bug'}", "not JSON: Expecting property name enclosed in double quotes, at character 1 of 16"),
+        ('{"label": "bug",}', "not JSON: "),
+    ],
+)
+def test_what_is_part_of_something_else_is_not_found(text: str, expected: str) -> None:
+    """Nothing is taken out of an object that is cut off, refused or none of JSON, or out of an array."""
     assert message(TICKET, text)[: len(expected)] == expected
 
 

@@ -11,8 +11,7 @@ from batcher.engine.prepared import Prepared
 from batcher.engine.turns import Turns
 from batcher.errors import BatcherError
 from batcher.ledger import Ledger
-from batcher.parse import Misfit
-from batcher.records import Answer, Attempt, Failure, Kind, Outcome, Reply, Timing, Turn
+from batcher.records import Answer, Attempt, Failure, Kind, Misfit, Outcome, Reply, Timing, Turn
 from batcher.retry import Again, Guard, decide
 from batcher.schedule import Dispatcher, Ticket
 from batcher.transport import Transport
@@ -88,7 +87,7 @@ class Attempts:
         if isinstance(answer, Failure) or self._prepared.parser is None:
             return answer
         first = answer.choices[0]
-        value = self._prepared.parser.read(first.text)
+        value = self._prepared.parser.choose([choice.text for choice in answer.choices])
         if not isinstance(value, Misfit):
             return answer
         message = value.message

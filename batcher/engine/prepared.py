@@ -16,7 +16,7 @@ from batcher.dialects.prices import cost
 from batcher.errors import JobError
 from batcher.job import Job, RequestTemplate, differences
 from batcher.ledger import Ledger, open_read_only
-from batcher.parse import AnswerSchema, format_schema
+from batcher.parse import AnswerSchema, Choices, Parser, Pattern, format_schema
 from batcher.prompt import Composer
 from batcher.redact import redactor
 from batcher.sink import FILLABLE, Shape
@@ -41,7 +41,8 @@ class Prepared(NamedTuple):
     source: Source
     condition: Condition | None
     composer: Composer
-    parser: AnswerSchema | None
+    parser: Parser | None
+    """What reads the answers; None where they are plain text."""
     access: Access
     keep: tuple[str, ...]
     schema_note: str | None
@@ -63,6 +64,8 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
     _refuse_secrets(job, way.secrets)
     template = job.request
     parser = _parser(template, origin)
+    if job.retry.repair and parser is None:
+        raise JobError(f"{origin}: retry.repair: nothing reads the answers; give choices, parse or response_format")
     form, note = _format(template, way.dialect)
     composer = Composer(template, form, origin, job.schedule.service_tier, (job.folder, *_input_folders(job)))
     source = _source(job, table)
@@ -142,16 +145,27 @@ def claim(ledger: Ledger, results: Results) -> None:
         raise JobError(f"{results} was taken by another run just now; name another output")
 
 
-def _parser(template: RequestTemplate, origin: str) -> AnswerSchema | None:
+def _parser(template: RequestTemplate, origin: str) -> Parser | None:
     """What reads the answers' texts, where the job asks for more than text. Raises JobError."""
-    schema: Mapping[str, object] | None = template.schema
+    reading = template.reading
+    choices = None if reading.choices is None else Choices(reading.choices, reading.vote)
+    if reading.pattern is not None:
+        return Pattern(reading.pattern, choices, reading.vote)
+    if choices is not None:
+        return choices
+    schema: Mapping[str, object] | None = reading.schema
     if schema is None:
         wanted = template.parameters.get("response_format")
         schema = format_schema(wanted) if isinstance(wanted, Mapping) else None
+    if schema is None:
+        if reading.vote:
+            raise JobError(f"{origin}: request.vote: nothing reads the answers; give choices, parse or response_format")
+        return None
     try:
-        return None if schema is None else AnswerSchema(schema, template.schema_name)
+        return AnswerSchema(schema, reading.schema_name, reading.vote)
     except JobError as error:
-        raise JobError(f"{origin}: request.response_format: {error}") from None
+        key = "response_format" if reading.parse is None else "parse"
+        raise JobError(f"{origin}: request.{key}: {error}") from None
 
 
 def _format(template: RequestTemplate, dialect: Dialect) -> tuple[Mapping[str, object] | None, str | None]:
