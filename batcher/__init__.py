@@ -19,7 +19,7 @@ from batcher.job import SIMULATOR, Job, load
 from batcher.records import Snapshot, Summary
 from batcher.store import Results
 
-__all__ = ["Job", "Result", "Snapshot", "Summary", "aretry", "arun", "errors", "load", "retry", "run"]
+__all__ = ["Job", "Result", "Snapshot", "Summary", "aretry", "arun", "errors", "load", "reparse", "retry", "run"]
 
 
 class Result:
@@ -98,6 +98,17 @@ def retry(
     where there is no such row. Raises batcher.errors.
     """
     return anyio.run(_aretry, output, where, settings, abandon, input, watch, True, backend_options=_fast())
+
+
+def reparse(output: str | Path, settings: Sequence[str] = ()) -> Result:
+    """Read the stored answers of a finished output again and write its parts anew; nothing is asked.
+
+    `settings` say how: `request.parse=…`, `request.choices=…`, `request.vote=…`, `request.response_format=…`; files and
+    types that the job names for it are read anew. A reparse that was interrupted goes on when it is called again.
+    Raises batcher.errors.
+    """
+    job, summary, _ = engine.reparse(output, settings)
+    return Result(job.results, summary)
 
 
 async def _aretry(

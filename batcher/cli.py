@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from batcher.errors import BatcherError, JobError, StorageError
+from batcher.errors import BatcherError, InterruptedRunError, JobError, StorageError
 from batcher.records import Snapshot
 from batcher.report import Log, Progress, count, failure_lines, printable, render, status_text
 
@@ -250,6 +251,40 @@ def retry(
         _watched(results.name, results, quiet, log, go)
 
 
+@app.command()
+def reparse(
+    output: _Output,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="REQUEST.KEY=VALUE",
+            help="parse, choices, vote or response_format, without a value to take it out; may be repeated.",
+        ),
+    ] = None,
+) -> None:
+    """Read stored answers again, as the job's schema or type is now, or otherwise; nothing is asked or paid.
+
+    Goes on with a reparse that was interrupted. Ends with 3 where rows have failed or do not fit.
+    """
+    from batcher import engine
+
+    try:
+        job, summary, done = engine.reparse(output, settings or ())
+    except KeyboardInterrupt:
+        raise InterruptedRunError("interrupted; the same command goes on from here", signal.SIGINT) from None
+    said = f"{job.results}: {count(done.rows)} answers are read again"
+    if done.mended:
+        said += f", {count(done.mended)} of them of rows that had failed"
+    if done.unfit:
+        said += f"; {count(done.unfit)} do not fit: parsed is null there"
+    _say(_shown(said))
+    if summary.totals.failed or done.unfit:
+        if summary.totals.failed:
+            _note(f"{count(summary.totals.failed)} rows have failed")
+        raise typer.Exit(3)
+
+
 def _tell_asked(snapshot: Snapshot, results: "Results", log: Log | None) -> None:
     """Say how many rows a retry asks, before it does."""
     if log:
@@ -275,6 +310,8 @@ def verify(output: _Output) -> None:
         raise StorageError(f"{counted}; problems found: {count(len(verdict.problems))}")
     if verdict.again:
         counted += f"; {count(verdict.again)} are being asked again: batcher retry {output} goes on with it"
+    elif verdict.rereading:
+        counted += f"; answers are being read again: batcher reparse {output} goes on with it"
     elif verdict.pending is None:
         counted += "; the last run did not come to its end: run the job again"
     else:

@@ -280,6 +280,28 @@ class Job:
                     texts.pop(named, None)
         return from_document({"name": self.name, **sections}, self.folder, self.origin, texts)
 
+    def reread(self, settings: Sequence[str]) -> "Job":
+        """The same job that reads its answers otherwise: `request.key=value`, and without a value the key is taken out.
+
+        What answers are read by is read anew, also where it lies in a file or a module; prompts are what they were.
+        """
+        sections = copy.deepcopy(self._sections)
+        for setting in settings:
+            section, *keys = _override(sections, setting)
+            if section != "request" or keys not in ([key] for key in (*READING, "response_format")):
+                raise JobError(
+                    f"--set {word(setting)}: a reparse may change request.response_format, request.parse,"
+                    " request.choices and request.vote only"
+                )
+            if sections[section][keys[0]] == "":
+                del sections[section][keys[0]]
+        texts = dict(self.texts)
+        wanted = sections["request"].get("response_format")
+        for named in (sections["request"].get("parse"), wanted.get("schema") if isinstance(wanted, dict) else None):
+            if isinstance(named, str):
+                texts.pop(named, None)
+        return from_document({"name": self.name, **sections}, self.folder, self.origin, texts)
+
     def meaning(self) -> dict[str, object]:
         """What may not change between the runs of one output, by dotted key, as JSON-able values."""
         parameters = {f"request.{name}": value for name, value in self.request.parameters.items()}

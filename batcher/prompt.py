@@ -286,6 +286,22 @@ class Composer:
         return rendered if sole is None else native
 
 
+def repaired(request: Request, text: str, why: str) -> Request:
+    """A chat's request with two messages more: what the model has answered, and why that does not fit."""
+    said = text.encode("utf-8", "replace").decode()
+    asked = f"This answer does not fit: {why}\nAnswer again, in the form that was asked for."
+    more = _encode([{"role": "assistant", "content": said}, {"role": "user", "content": asked}])
+    body = msgspec.json.decode(request.body, type=dict[str, msgspec.Raw])
+    body["messages"] = msgspec.Raw(bytes(body["messages"])[:-1] + b"," + more[1:])
+    whole = _encode(body)
+    return msgspec.structs.replace(
+        request,
+        body=whole,
+        prompt_tokens=request.prompt_tokens + len(more) // BYTES_PER_TOKEN,
+        hash=hashlib.blake2b(whole, digest_size=16).digest(),
+    )
+
+
 def _stand_alone(value: object) -> bool:
     """Whether messages can be checked one by one: a list in which the roles are fixed, and no tools are called."""
     return isinstance(value, list) and all(

@@ -3,12 +3,13 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from batcher.errors import StorageError
 from batcher.killpoint import killpoint
 from batcher.records import (
+    UNIT,
     Alternative,
     Answer,
     Attempt,
@@ -23,8 +25,10 @@ from batcher.records import (
     Failure,
     FileRecord,
     Former,
+    Kind,
     Misfit,
     Outcome,
+    PartRecord,
     Token,
     Totals,
     Usage,
@@ -82,6 +86,7 @@ _FAILURE: list[tuple[str, pa.DataType]] = [
     ("type", pa.string()),
     ("code", pa.string()),
     ("message", pa.string()),
+    ("response", pa.string()),
     *_PAID,
     ("body", pa.binary()),
 ]
@@ -131,6 +136,15 @@ class Parser(Protocol):
 
     def column(self, values: Sequence[Any]) -> tuple[pa.Array, list[int]]:
         """Values as an Arrow array, and the indices of those that could not be held exactly."""
+
+
+class Mended(NamedTuple):
+    """What came of reading a part's answers again."""
+
+    rows: int
+    """Failed rows that are answered now."""
+    unfit: int
+    """Answered rows of which no value could be read."""
 
 
 class Shape(NamedTuple):
@@ -228,14 +242,64 @@ class Sink:
         is called before anything is put in place. `again` says what rows of the former self had come to that were
         asked again since: their sums go on from there. Returns the part's sums and its files.
         """
-        writers: dict[str, pq.ParquetWriter] = {}
-        try:
-            totals = self._build(writers, part, rows, attempts, kept, former, again)
+        with self._making(part) as writers:
+            try:
+                totals = self._build(writers, part, rows, attempts, kept, former, again)
+            except pa.ArrowException:
+                check_input()
+                raise
             check_input()
             return totals, self._place_all(writers, part, totals)
+
+    def reread(
+        self, record: PartRecord, part: int, judge: Callable[[bytes], Answer | str]
+    ) -> tuple[PartRecord, Mended]:
+        """Write part N again with what its answers are read as now, and with what was an answer all the time.
+
+        `judge` says of a failed row's body what its answer is, or why it does not fit. What is in the ledger of the
+        part is not looked at. A part that was written so and not noted may be written so again.
+        """
+        former = [file.name for file in record.files]
+        there: set[int] = set()
+        for batch in self._former("responses", part, former, ["row"]):
+            there.update(batch.column("row").to_pylist())
+        with self._making(part) as writers:
+            totals = Totals(attempts=record.totals.attempts)
+
+            def write(name: str, table: pa.Table) -> None:
+                writers[name].write_table(table)
+                _count(totals, name, table)
+
+            mended: set[int] = set()
+            writers["responses"] = self._writer("responses", part)
+            new = _Ahead(self._mended(part, former, there, mended, judge), self._schemas["responses"])
+            for batch in self._former("responses", part, former):
+                old = self._read_again(pa.Table.from_batches([batch]))
+                between = list(new.until(old["row"][-1].as_py())) if len(old) else []
+                write("responses", pa.concat_tables([*between, old]).sort_by("row") if between else old)
+            for table in new.until(_NO_ROW):
+                write("responses", table)
+            if _file("failures", part) in former:
+                writers["failures"] = self._writer("failures", part)
+                for batch in self._former("failures", part, former):
+                    gone = [row in mended or row in there for row in batch.column("row").to_pylist()]
+                    left = pa.Table.from_batches([batch.filter(pc.invert(pa.array(gone, pa.bool_())))])
+                    write("failures", self._explained(left, judge))
+            for writer in writers.values():
+                writer.close()
+            files = [
+                self._place(name, part, totals.failed if name == "failures" else totals.answered) for name in writers
+            ]
+            files += [file for file in record.files if file.name == _file("attempts", part)]
+            return msgspec.structs.replace(record, totals=totals, files=tuple(files)), Mended(len(mended), totals.unfit)
+
+    @contextmanager
+    def _making(self, part: int) -> Iterator[dict[str, pq.ParquetWriter]]:
+        """The writers of a part's files, by folder; unless all goes well nothing is left of them."""
+        writers: dict[str, pq.ParquetWriter] = {}
+        try:
+            yield writers
         except BaseException as error:
-            if isinstance(error, pa.ArrowException):
-                check_input()
             with suppress(OSError):
                 for name, writer in writers.items():
                     with suppress(OSError):
@@ -244,6 +308,82 @@ class Sink:
             if isinstance(error, OSError):
                 raise StorageError.of(f"{self._workshop.parent}: part {part}", error) from None
             raise
+
+    def _read_again(self, old: pa.Table) -> pa.Table:
+        """Answered rows as they stand in a part, with what is read out of their texts now."""
+        schema, parser = self._schemas["responses"], self._shape.parser
+        columns = {name: old[name] for name in schema.names if name in old.column_names}
+        if parser is not None:
+            texts: Iterable[Sequence[str | None]] = ([text] for text in old["response"].to_pylist())
+            if parser.vote:
+                texts = ([choice["text"] for choice in choices] for choices in old["choices"].to_pylist())
+            parsed, changed = _parsed(parser, texts)
+            columns |= dict(zip(("parsed", "vote_share"), parsed, strict=False))
+            if changed:
+                marked = pa.array([row in {*changed} for row in range(len(old))], pa.bool_())
+                columns["altered"] = pc.or_(old["altered"], marked)
+        made = [columns.get(field.name, pa.nulls(len(old), field.type)) for field in schema]
+        return pa.Table.from_arrays(made, schema=schema)
+
+    def _mended(
+        self,
+        part: int,
+        former: Sequence[str],
+        there: set[int],
+        mended: set[int],
+        judge: Callable[[bytes], Answer | str],
+    ) -> Iterator[pa.RecordBatch]:
+        """Rows of a part that failed for what does not fail them now, as answers; they are added to `mended`."""
+        times = _Ahead(self._former("attempts", part, former), ATTEMPTS)
+        for batch in self._former("failures", part, former):
+            table = pa.Table.from_batches([batch])
+            last = {row["row"]: row for some in times.until(_end(table)) for row in some.to_pylist()}
+            group = _Group(0)
+            chosen: list[int] = []
+            for index, row in enumerate(table.select(["row", *_JUDGED, *(name for name, _ in _PAID)]).to_pylist()):
+                if row["row"] in there or row["kind"] != Kind.INVALID_OUTPUT or row["body"] is None:
+                    continue
+                answer = judge(row["body"])
+                if isinstance(answer, str):
+                    continue
+                chosen.append(index)
+                told = last.get(row["row"], {})
+                attempt = Attempt(
+                    unit=UNIT,
+                    row=row["row"],
+                    attempt=row["attempts"],
+                    outcome=Outcome.ANSWERED,
+                    sent_at=0,
+                    waited=told.get("waited", 0.0),
+                    latency=told.get("latency", 0.0),
+                    time_to_first_token=None,
+                    prompt_tokens=0,
+                    output_tokens=0,
+                    request_hash=b"",
+                    model="",
+                    cache_key=None,
+                    body=row["body"],
+                    tier=told.get("tier"),
+                )
+                group.add(answer, attempt, tuple(row[name] for name, _ in _PAID))
+                mended.add(row["row"])
+            if chosen:
+                beside = table.take(pa.array(chosen, pa.int64())).select(
+                    [field.name for field in self._shape.input_columns()]
+                )
+                yield from self._answers(group, beside.columns, [False] * len(chosen)).to_batches()
+
+    def _explained(self, failures: pa.Table, judge: Callable[[bytes], Answer | str]) -> pa.Table:
+        """Failed rows, with why their answers do not fit what reads them now."""
+        index = failures.schema.get_field_index("message")
+        judged = [
+            (judge(body) if kind == Kind.INVALID_OUTPUT and body is not None else message, message)
+            for kind, body, message in zip(
+                *(failures[name].to_pylist() for name in ("kind", "body", "message")), strict=True
+            )
+        ]
+        messages = [found if isinstance(found, str) else message for found, message in judged]
+        return failures.set_column(index, failures.schema.field(index), pa.array(messages, pa.string()))
 
     def _build(
         self,
@@ -361,34 +501,14 @@ class Sink:
         )
         if last.outcome is Outcome.ANSWERED:
             assert isinstance(answer, Answer)
-            first = answer.choices[0]
             group.answered.append(row)
-            group.answers.append(answer)
-            group.bodies.append(last.body)
-            group.responses.append(
-                (
-                    first.text,
-                    first.reasoning,
-                    first.finish_reason,
-                    answer.model,
-                    answer.system_fingerprint,
-                    answer.id,
-                    last.tier or answer.service_tier,
-                    answer.service_tier_used,
-                    last.cache_key,
-                    *_usage(answer.usage),
-                    *answer.times,
-                    last.latency,
-                    last.time_to_first_token,
-                    last.waited,
-                    *paid,
-                )
-            )
+            group.add(answer, last, paid)
         elif last.outcome is Outcome.FAILED and before.answered:
             group.unanswered.append((row, *paid[:-1]))
         elif last.outcome is Outcome.FAILED:
+            text = answer.choices[0].text if isinstance(answer, Answer) else None
             group.failed.append(row)
-            group.failures.append((last.kind, last.status, last.type, last.code, last.message, *paid, last.body))
+            group.failures.append((last.kind, last.status, last.type, last.code, last.message, text, *paid, last.body))
 
     def _billed(
         self, attempt: Attempt, told: Usage | None, tier: str | None
@@ -408,22 +528,8 @@ class Sink:
 
     def _tables(self, group: "_Group", kept: pa.Table) -> dict[str, pa.Table]:
         """One group's tables, with the input's columns beside the answers."""
-        altered: set[int] = set()
-        columns = _columns(group.responses, [*_TEXT, *_ANSWER, *_PAID], altered)
-        response, reasoning, *others = columns
-        parsed: list[pa.Array] = []
-        if self._shape.parser is not None:
-            texts = ([choice.text for choice in answer.choices] for answer in group.answers)
-            parsed, changed = _parsed(self._shape.parser, texts)
-            altered.update(changed)
-        nested = [_nested(group.answers, name, kind, altered) for name, kind in self._shape.nested()]
-        raw = [_texts(group.bodies, altered)] if self._shape.raw else []
-        beside = self._beside(kept, group.answered, group.start)
-        changed_input = beside.pop().to_pylist()
-        flags = pa.array([index in altered or changed_input[index] for index in range(len(group.answered))], pa.bool_())
-        responses = pa.Table.from_arrays(
-            [*beside, response, *parsed, reasoning, *nested, *others, flags, *raw], schema=self._schemas["responses"]
-        )
+        *beside, changed = self._beside(kept, group.answered, group.start)
+        responses = self._answers(group, beside, changed.to_pylist())
         beside = self._beside(kept, group.failed, group.start)[:-1]
         failures = pa.Table.from_arrays(
             [*beside, *_columns(group.failures, _FAILURE, set())], schema=self._schemas["failures"]
@@ -431,6 +537,22 @@ class Sink:
         named = [(field.name, field.type) for field in ATTEMPTS]
         attempts = pa.Table.from_arrays(_columns(group.attempts, named, set()), schema=ATTEMPTS)
         return {"responses": responses, "failures": failures, "attempts": attempts}
+
+    def _answers(self, group: "_Group", beside: Sequence[Any], changed_input: Sequence[bool]) -> pa.Table:
+        """The answered rows of a group, beside the input's columns; `changed_input` says where those were altered."""
+        altered: set[int] = set()
+        response, reasoning, *others = _columns(group.responses, [*_TEXT, *_ANSWER, *_PAID], altered)
+        parsed: list[pa.Array] = []
+        if self._shape.parser is not None:
+            texts = ([choice.text for choice in answer.choices] for answer in group.answers)
+            parsed, changed = _parsed(self._shape.parser, texts)
+            altered.update(changed)
+        nested = [_nested(group.answers, name, kind, altered) for name, kind in self._shape.nested()]
+        raw = [_texts(group.bodies, altered)] if self._shape.raw else []
+        flags = pa.array([index in altered or changed for index, changed in enumerate(changed_input)], pa.bool_())
+        return pa.Table.from_arrays(
+            [*beside, response, *parsed, reasoning, *nested, *others, flags, *raw], schema=self._schemas["responses"]
+        )
 
     def _beside(self, kept: pa.Table, rows: list[int], start: int) -> list[Any]:
         """`row`, `id`, the kept columns and the flag of what was altered, for these rows."""
@@ -462,7 +584,9 @@ class Sink:
         order = [("row", "ascending"), ("attempt", "ascending")]
         return pa.concat_tables([old, new]).sort_by(order if name == "attempts" else order[:1])
 
-    def _former(self, name: str, part: int, former: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    def _former(
+        self, name: str, part: int, former: Sequence[str], columns: Sequence[str] | None = None
+    ) -> Iterator[pa.RecordBatch]:
         if _file(name, part) not in former:
             return
         former_self = _file(name, part)
@@ -473,7 +597,7 @@ class Sink:
             ):
                 left = file.metadata.num_rows
                 for group in range(file.num_row_groups):
-                    for batch in file.iter_batches(ROW_GROUP_ROWS, row_groups=[group]):
+                    for batch in file.iter_batches(ROW_GROUP_ROWS, row_groups=[group], columns=columns):
                         left -= batch.num_rows
                         yield batch
                 if left:  # Arrow passes over a page whose header is damaged
@@ -529,6 +653,31 @@ class _Group:
         """Rows that were asked again in vain and keep their former answer: what they have cost by now."""
         self.attempts: list[tuple[object, ...]] = []
 
+    def add(self, answer: Answer, attempt: Attempt, paid: tuple[object, ...]) -> None:
+        """Take in an answer, the attempt that brought it, and what its row has cost."""
+        first = answer.choices[0]
+        self.answers.append(answer)
+        self.bodies.append(attempt.body)
+        self.responses.append(
+            (
+                first.text,
+                first.reasoning,
+                first.finish_reason,
+                answer.model,
+                answer.system_fingerprint,
+                answer.id,
+                attempt.tier or answer.service_tier,
+                answer.service_tier_used,
+                attempt.cache_key,
+                *_usage(answer.usage),
+                *answer.times,
+                attempt.latency,
+                attempt.time_to_first_token,
+                attempt.waited,
+                *paid,
+            )
+        )
+
 
 class _Ahead:
     """Batches in order of row, read no further than asked, and let go when they are given out."""
@@ -570,6 +719,9 @@ class _Ahead:
 
 
 _UNKNOWN = Usage()
+_NO_ROW = 2**63 - 1
+"""Beyond all rows."""
+_JUDGED = ("kind", "body")
 
 
 def _paid_since(table: pa.Table, unanswered: list[tuple[object, ...]]) -> pa.Table:
@@ -586,6 +738,11 @@ def _paid_since(table: pa.Table, unanswered: list[tuple[object, ...]]) -> pa.Tab
 
 def _pairs(attempts: pa.Table) -> Iterator[tuple[int, int]]:
     return zip(attempts["row"].to_pylist(), attempts["attempt"].to_pylist(), strict=True)
+
+
+def _end(table: pa.Table) -> int:
+    """The row after the last one."""
+    return int(table["row"][-1].as_py()) + 1 if len(table) else 0
 
 
 def _file(name: str, part: int) -> str:
@@ -702,12 +859,14 @@ def _count(totals: Totals, name: str, table: pa.Table) -> None:
         billed_prompt_tokens=total("billed_prompt_tokens") or 0,
         billed_completion_tokens=total("billed_completion_tokens") or 0,
         cost_usd=total("cost_usd"),
+        unpriced=table.column("cost_usd").null_count,
     )
     if name == "responses":
         part.answered = table.num_rows
         for column in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "latency"):
             setattr(part, column, total(column) or 0)
         part.altered = total("altered") or 0
+        part.unfit = table.column("parsed").null_count if "parsed" in table.column_names else 0
         part.finish_reasons = counts("finish_reason")
     else:
         part.failed = table.num_rows

@@ -2,6 +2,7 @@
 
 from batcher.engine.again import reopened, retry
 from batcher.engine.prepared import Prepared, not_ours, prepare
+from batcher.engine.reparse import reparse
 from batcher.engine.run import RARELY, run
 from batcher.engine.selection import LOOKED_AT, Selection, first_rows, refuse_unserved, select
 
@@ -15,6 +16,7 @@ __all__ = [
     "prepare",
     "refuse_unserved",
     "reopened",
+    "reparse",
     "retry",
     "run",
     "select",

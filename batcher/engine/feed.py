@@ -8,6 +8,7 @@ import msgspec
 
 from batcher import bits
 from batcher.engine import selection
+from batcher.engine.attempt import repair
 from batcher.engine.counts import Counts
 from batcher.engine.prepared import Prepared
 from batcher.engine.publish import Press, Range
@@ -244,12 +245,15 @@ class Feed:
     async def _offer(self, rows: Sequence[Row], tried: Mapping[int, tuple[int, dict[Kind, int]]]) -> bool:
         """Offer these rows and return when more are wanted; false when the run ended."""
         composer = self._prepared.composer
+        unfit: Mapping[int, Attempt] = {}
+        if self._prepared.job.retry.repair and rows and tried:
+            unfit = await aside(self._ledger.unfit, UNIT, rows[0].position, rows[-1].position + 1)
         size = _IMAGES_AT_ONCE if composer.reads_files else max(1, len(rows))
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
             made = await aside(_composed, composer, some) if composer.reads_files else _composed(composer, some)
             pairs = zip(some, made, strict=True)
-            turns = [turn for row, request in pairs if (turn := self._turn(row, request, tried)) is not None]
+            turns = [turn for row, request in pairs if (turn := self._turn(row, request, tried, unfit)) is not None]
             self._dispatcher.offer(turns)
             self._turns.wake()
             await self._turns.hungry(sum([len(turn.request.body) for turn in turns]) // max(1, len(turns)))
@@ -258,13 +262,22 @@ class Feed:
         return not self._turns.closed
 
     def _turn(
-        self, row: Row, request: Request | Failure, tried: Mapping[int, tuple[int, dict[Kind, int]]]
+        self,
+        row: Row,
+        request: Request | Failure,
+        tried: Mapping[int, tuple[int, dict[Kind, int]]],
+        unfit: Mapping[int, Attempt],
     ) -> Turn | None:
-        """A row's request with what is known of earlier attempts; a row that cannot be one has failed."""
+        """A row's request with what is known of earlier attempts; a row that cannot be one has failed.
+
+        Of an answer in `unfit` the model is told why it does not fit.
+        """
         if isinstance(request, Failure):
             self._ledger.record(_never_sent(row.position, request))
             return None
         attempt, kinds = tried.get(row.position, (0, None))
+        if unfit and (shown := unfit.get(row.position)) is not None:
+            return Turn(repair(self._prepared, request, shown), self._now(), attempt + 1, kinds, request)
         return Turn(request, self._now(), attempt + 1, kinds)
 
 

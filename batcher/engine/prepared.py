@@ -14,7 +14,7 @@ from batcher.access import Access, access
 from batcher.dialects import Dialect
 from batcher.dialects.prices import cost
 from batcher.errors import JobError
-from batcher.job import Job, RequestTemplate, differences
+from batcher.job import READING, Job, RequestTemplate, differences
 from batcher.ledger import Ledger, open_read_only
 from batcher.parse import AnswerSchema, Choices, Parser, Pattern, format_schema
 from batcher.prompt import Composer
@@ -63,7 +63,7 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
     way = access(job.service, origin, base_url, job.schedule.queue_threshold)
     _refuse_secrets(job, way.secrets)
     template = job.request
-    parser = _parser(template, origin)
+    parser = parser_of(template, origin)
     if job.retry.repair and parser is None:
         raise JobError(f"{origin}: retry.repair: nothing reads the answers; give choices, parse or response_format")
     form, note = _format(template, way.dialect)
@@ -145,7 +145,7 @@ def claim(ledger: Ledger, results: Results) -> None:
         raise JobError(f"{results} was taken by another run just now; name another output")
 
 
-def _parser(template: RequestTemplate, origin: str) -> Parser | None:
+def parser_of(template: RequestTemplate, origin: str) -> Parser | None:
     """What reads the answers' texts, where the job asks for more than text. Raises JobError."""
     reading = template.reading
     choices = None if reading.choices is None else Choices(reading.choices, reading.vote)
@@ -212,7 +212,7 @@ def agree(ledger: Ledger, prepared: Prepared) -> Shape:
             "texts": msgspec.json.encode(job.texts),
         }
     )
-    return _shape(prepared, kept, job)
+    return shape_of(job, kept, prepared.parser)
 
 
 def agree_again(ledger: Ledger, base: Job, prepared: Prepared) -> Shape:
@@ -222,7 +222,10 @@ def agree_again(ledger: Ledger, base: Job, prepared: Prepared) -> Shape:
     kept = _same_input(ledger, prepared.source)
     if len(msgspec.json.decode(begun)) != len(prepared.source.identities):
         raise JobError("the input has new files, so rows are pending: run the job to its end first")
-    types = [parser and parser.arrow_type for parser in (_parser(base.request, base.origin), prepared.parser)]
+    changed = _changed(base.meaning(), prepared.job.meaning())
+    if key := next((key for key in _READ_BY if key in changed), None):
+        raise JobError(f"--set {key}: how answers are read is changed by batcher reparse {base.results}")
+    types = [parser and parser.arrow_type for parser in (parser_of(base.request, base.origin), prepared.parser)]
     if types[0] != types[1]:
         raise JobError("--set request.response_format: the columns of the output are fixed; name another output")
     if new := sorted(fillable(prepared.job.request) - fillable(base.request)):
@@ -231,16 +234,25 @@ def agree_again(ledger: Ledger, base: Job, prepared: Prepared) -> Shape:
             f"--set request.{key}: the columns of the output are fixed, and {new[0]} is none of them; "
             "name another output"
         )
-    return _shape(prepared, kept, base)
+    return shape_of(base, kept, prepared.parser)
 
 
 def _same_job(begun: bytes, job: Job) -> None:
-    meaning = msgspec.json.decode(msgspec.json.encode(job.meaning()))
-    if different := list(differences(msgspec.json.decode(begun), meaning)):
-        raise JobError(
-            f"{job.origin}: {job.results} was begun with another job: {'; '.join(different)}\n"
-            "put it back, or name another output"
-        )
+    meaning, before = msgspec.json.decode(msgspec.json.encode(job.meaning())), msgspec.json.decode(begun)
+    if different := list(differences(before, meaning)):
+        hint = "put it back, or name another output"
+        if all(key.startswith(_REREAD) for key in _changed(before, meaning)):
+            hint = f"put it back, or let batcher reparse {job.results} --set … read the stored answers so"
+        raise JobError(f"{job.origin}: {job.results} was begun with another job: {'; '.join(different)}\n{hint}")
+
+
+_READ_BY = tuple(f"request.{key}" for key in READING)
+_REREAD = (*_READ_BY, "request.response_format")
+"""What a meaning has about how answers are read."""
+
+
+def _changed(before: Mapping[str, object], after: Mapping[str, object]) -> set[str]:
+    return {key for key in {*before, *after} if before.get(key) != after.get(key)}
 
 
 def _same_input(ledger: Ledger, source: Source) -> pa.Schema:
@@ -255,10 +267,10 @@ def _same_input(ledger: Ledger, source: Source) -> pa.Schema:
     return kept
 
 
-def _shape(prepared: Prepared, kept: pa.Schema, begun: Job) -> Shape:
+def shape_of(begun: Job, kept: pa.Schema, parser: Parser | None) -> Shape:
     """The columns of an output, by the job that it was begun with."""
     columns = fillable(begun.request)
-    return Shape(kept, begun.input.id, _kept(begun, kept.names), prepared.parser, columns, begun.output.raw)
+    return Shape(kept, begun.input.id, _kept(begun, kept.names), parser, columns, begun.output.raw)
 
 
 _FILLED_BY: Mapping[str, str] = {

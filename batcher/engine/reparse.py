@@ -1,0 +1,88 @@
+"""Stored answers read again in another way: their parts are written again, and nothing is asked."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+
+from batcher.access import dialect_of
+from batcher.engine.attempt import misfit, reply
+from batcher.engine.held import finished_summary, held, summary_of
+from batcher.engine.prepared import parser_of, shape_of
+from batcher.errors import JobError
+from batcher.job import Job, parse_document
+from batcher.killpoint import killpoint
+from batcher.ledger import REPARSE, Ledger
+from batcher.records import UNIT, Answer, Failure, Reparse, Reply, Summary, Timing, Totals
+from batcher.sink import Sink
+
+
+def reparse(output: str | Path, settings: Sequence[str] = ()) -> tuple[Job, Summary, Reparse]:
+    """Read a finished output's answers again, as its job says with these settings, and rewrite its parts.
+
+    Files and types that say how answers are read are read anew, too. Goes on with a reparse that was interrupted, where
+    it is the same one. Raises JobError, OutputInUseError, StorageError.
+    """
+    with held(output) as (base, ledger):
+        retries = ledger.retries()
+        if retries and retries[-1].finished_at is None:
+            raise JobError(f"a retry is under way in {base.results}\nbatcher retry {base.results} goes on with it")
+        before = finished_summary(base.results, summary_of(base.results), ledger)
+        told = ledger.meta(REPARSE)
+        begun = None if told is None else msgspec.json.decode(told, type=Reparse)
+        settings = tuple(settings) or (begun.settings if begun else ())
+        job = base.reread(settings)
+        meaning = msgspec.json.encode(job.meaning())
+        mark = Reparse(settings=settings, meaning=hashlib.sha256(meaning).hexdigest())
+        if begun is not None and begun.meaning == mark.meaning:
+            mark = begun
+        summary, mark = _rewrite(job, ledger, before, mark)
+        _write(job, summary)
+        ledger.end_reparse({"meaning": meaning, "texts": msgspec.json.encode(job.texts)})
+        killpoint("reparse.ended")
+        job.results.end()
+        return job, summary, mark
+
+
+def _rewrite(job: Job, ledger: Ledger, before: Summary, mark: Reparse) -> tuple[Summary, Reparse]:
+    """Write every part that is left again; what the output and the reparse have come to."""
+    parser = parser_of(job.request, job.origin)
+    dialect = dialect_of(job.service)
+
+    def judge(body: bytes) -> Answer | str:
+        answer = dialect.read(Reply(200, {}, body, Timing(0, 0.0)))
+        if isinstance(answer, Failure):
+            return answer.message
+        return answer if parser is None else misfit(parser, answer) or answer
+
+    kept = pa.ipc.read_schema(pa.py_buffer(ledger.meta("kept")))
+    sink = Sink(job.results, shape_of(job, kept, parser), lambda attempt: dialect.read(reply(attempt)), lambda *_: None)
+    ledger.set_meta({REPARSE: msgspec.json.encode(mark)})
+    killpoint("reparse.begun")
+    sink.prepare()
+    totals = Totals()
+    for part, record in ledger.parts(UNIT).items():
+        if part > mark.part:
+            record, came = sink.reread(record, part, judge)
+            mark = msgspec.structs.replace(
+                mark,
+                part=part,
+                rows=mark.rows + record.totals.answered,
+                mended=mark.mended + came.rows,
+                unfit=mark.unfit + came.unfit,
+            )
+            ledger.reread(mark, UNIT, part, record)
+        totals.add(record.totals)
+    return msgspec.structs.replace(before, totals=totals), mark
+
+
+def _write(job: Job, summary: Summary) -> None:
+    """The job as it reads answers now, and the sums of what it has read."""
+    written = job.results.read("job.toml") or b""
+    document = parse_document(written, "job.toml")
+    document |= {"request": parse_document(job.document(), "job.toml").get("request", {})}
+    comment = written[: written.index(b"\n") + 1] if written.startswith(b"#") else b""
+    job.results.write("summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2))
+    job.results.write("job.toml", comment + msgspec.toml.encode(document))
