@@ -61,6 +61,8 @@ def json_schema(reference: str, folder: Path) -> dict[str, object]:
             raise JobError(f"{reference} has no JSON Schema: {_said(error)}") from None
     if not isinstance(made, dict):
         raise JobError(f"{reference} has no JSON Schema")
+    if isinstance(named := made.get("$defs"), dict):  # msgspec has them in another order in each process
+        made["$defs"] = dict(sorted(named.items()))
     return made
 
 

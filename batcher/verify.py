@@ -113,7 +113,7 @@ class _Recount:
             self._say("ledger.sqlite", f"is damaged: {damage}")
         records = dict(parts_of(self._ledger, UNIT))
         if (reparse := reparse_of(self._ledger)) is not None:
-            self._found.rereading = True
+            self._found.rereading, self._ended = True, False
             self._under_way = min((part for part in records if part > reparse.part), default=None)
         files = self._files()
         recorded = Totals()

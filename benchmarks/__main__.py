@@ -6,10 +6,11 @@ from benchmarks.large import large
 from benchmarks.measure import Answer, machine, raise_open_files
 from benchmarks.memory import memory
 from benchmarks.overhead import latency, overhead
+from benchmarks.parse import parse
 from benchmarks.payload import payload
 from benchmarks.resume import resume
 
-QUESTIONS = ("overhead", "latency", "memory", "large", "resume", "payload")
+QUESTIONS = ("overhead", "latency", "memory", "large", "resume", "payload", "parse")
 
 
 def show(answers: list[Answer]) -> None:
@@ -47,6 +48,8 @@ def main() -> None:
         answers += resume(arguments.resumed, arguments.pairs)
     if arguments.question in (None, "payload"):
         answers += payload()
+    if arguments.question in (None, "parse"):
+        answers += parse()
     show(answers)
 
 

@@ -2,9 +2,11 @@
 
 import io
 import json
+from datetime import UTC, date, datetime, time, timedelta, timezone
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
+from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -67,6 +69,12 @@ DEFS = {
         ({"type": "number"}, pa.float64()),
         ({"type": "number", "enum": [1, 2]}, pa.float64()),
         ({"type": "boolean"}, pa.bool_()),
+        ({"type": "string", "format": "date"}, pa.date32()),
+        ({"enum": ["2026-01-31", None], "format": "date"}, pa.date32()),
+        ({"type": ["null", "string"], "format": "date-time"}, pa.timestamp("us", tz="UTC")),
+        ({"type": "string", "format": "time"}, pa.time64("us")),
+        ({"type": "string", "format": "email"}, pa.string()),
+        ({"allOf": [{"$ref": "#/$defs/label"}], "default": "a"}, pa.string()),
         ({"type": ["integer", "null"]}, pa.int64()),
         ({"anyOf": [INTEGER, {"type": "null"}]}, pa.int64()),
         ({"anyOf": [{"type": "null", "title": "none"}, {"$ref": "#/$defs/label"}]}, pa.string()),
@@ -155,6 +163,7 @@ def same(values: st.SearchStrategy[object]) -> st.SearchStrategy[tuple[object, o
 NAMES = st.text(max_size=6)
 INT64 = st.integers(-(2**63), 2**63 - 1)
 WHOLE = st.integers(-(2**53), 2**53)
+OFFSETS = st.integers(-23 * 60, 23 * 60).map(lambda minutes: timezone(timedelta(minutes=minutes)))
 LEAVES: list[Case] = [
     Case({"type": "string"}, pa.string(), same(st.text())),
     Case({"type": "integer"}, pa.int64(), same(INT64) | WHOLE.map(lambda n: (float(n), n))),
@@ -164,6 +173,25 @@ LEAVES: list[Case] = [
         same(st.floats(allow_nan=False, allow_infinity=False)) | st.integers().map(lambda n: (n, float(n))),
     ),
     Case({"type": "boolean"}, pa.bool_(), same(st.booleans())),
+    Case(
+        {"type": "string", "format": "date"},
+        pa.date32(),
+        st.dates(date(1, 1, 1)).map(lambda day: (day.isoformat(), day)),
+    ),
+    Case(
+        {"type": "string", "format": "date-time"},
+        pa.timestamp("us", tz="UTC"),
+        st.datetimes(datetime(1, 1, 2), datetime(9999, 12, 30), timezones=OFFSETS).map(
+            lambda moment: (moment.isoformat(), moment.astimezone(ZoneInfo("UTC")))
+        ),
+    ),
+    Case(
+        {"type": "string", "format": "time"},
+        pa.time64("us"),
+        st.tuples(st.times(), st.sampled_from(["", "Z", "+00:00"])).map(
+            lambda p: (p[0].isoformat() + p[1], p[0].replace(fold=0))
+        ),
+    ),
 ]
 
 
@@ -236,7 +264,7 @@ def roots(draw: st.DrawFn) -> Case:
     return root._replace(schema={**root.schema, "$defs": definitions})
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_fitting_values_come_back(data: st.DataObject) -> None:
     """Whatever the schema of the typed subset, values that fit it are read, stored in Parquet and read back equal."""
@@ -398,6 +426,47 @@ def test_an_object_in_prose_is_found(text: str) -> None:
 def test_what_is_part_of_something_else_is_not_found(text: str, expected: str) -> None:
     """Nothing is taken out of an object that is cut off, refused or none of JSON, or out of an array."""
     assert message(TICKET, text)[: len(expected)] == expected
+
+
+MOMENTS = of({name: {"type": "string", "format": name} for name in ("date", "date-time", "time")})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("date", "2026-01-31", date(2026, 1, 31)),
+        ("date", "2026-02-30", None),
+        ("date", "20260131", None),
+        ("date", "2026-W05-6", None),
+        ("date", "0000-01-01", None),
+        ("date", "2026-01-31T00:00:00Z", None),
+        ("date", "31.01.2026", None),
+        ("date-time", "2026-01-31T08:30:00Z", datetime(2026, 1, 31, 8, 30, tzinfo=UTC)),
+        ("date-time", "2026-01-31t08:30:00.123456789z", datetime(2026, 1, 31, 8, 30, 0, 123456, UTC)),
+        ("date-time", "2026-01-31T08:30:00-02:30", datetime(2026, 1, 31, 11, 0, tzinfo=UTC)),
+        ("date-time", "2026-01-31T08:30:00", None),
+        ("date-time", "2026-01-31 08:30:00Z", None),
+        ("date-time", "2026-01-31", None),
+        ("date-time", "2026-12-31T23:59:60Z", None),
+        ("date-time", "9999-12-31T23:59:59-01:00", None),
+        ("time", "08:30:00.5", time(8, 30, 0, 500_000)),
+        ("time", "08:30:00Z", time(8, 30)),
+        ("time", "08:30:00+02:00", None),
+        ("time", "08:30", None),
+        ("time", "24:00:00", None),
+    ],
+)
+def test_moments_are_those_of_rfc_3339(name: str, text: str, expected: object) -> None:
+    """A format that decides a type is checked: what is no date is no answer, and none is guessed."""
+    found = MOMENTS.read(json.dumps({name: text}))
+    if expected is None:
+        assert isinstance(found, Misfit)
+        kind = {"date": "a date", "date-time": "a date-time with offset", "time": "a time"}[name]
+        assert found.message.startswith(f"/{name}: not {kind} such as ")
+        assert found.message.endswith(f'"{text}"')
+    else:
+        assert not isinstance(found, Misfit)
+        assert found[name] == expected
 
 
 def test_key_twice_is_found_beside_colons_and_escapes() -> None:
