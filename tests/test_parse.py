@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -94,6 +95,24 @@ DEFS = {
 def test_types(place: dict[str, object], expected: pa.DataType) -> None:
     """Each place in a schema that is of the typed subset has its Arrow type, and the field may be null."""
     assert of({"x": place}, **{"$defs": DEFS}).arrow_type == pa.struct([pa.field("x", expected)])
+
+
+def shown_types() -> list[tuple[str, ...]]:
+    """The lines of the type table in docs/labels.md: schema, type, answer and what is kept, the last in a cell each."""
+    text = (Path(__file__).parents[1] / "docs/labels.md").read_text()
+    table = text.partition("| a place in the schema |")[2].partition("\n\n")[0]
+    return [tuple(re.findall(r"`([^`]*)`", cell)[-1] for cell in line.split(" | ")) for line in table.splitlines()[2:]]
+
+
+@pytest.mark.parametrize("line", shown_types())
+def test_the_type_table_is_true(line: tuple[str, ...]) -> None:
+    """Each line of the table says what column a schema has, and what becomes of an answer."""
+    place, kind, answer, kept = line
+    schema = of({"x": json.loads(place)}, **{"$defs": DEFS})
+    assert str(schema.arrow_type.field("x").type) == kind
+    array, altered = schema.column([fitting(schema, f'{{"x": {answer}}}')])
+    assert json.loads(json.dumps(array.to_pylist()[0]["x"], default=str)) == json.loads(kept)
+    assert altered == []
 
 
 @pytest.mark.parametrize(
