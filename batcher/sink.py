@@ -266,9 +266,9 @@ class Sink:
         with self._making(part) as writers:
             totals = Totals(attempts=record.totals.attempts)
 
-            def write(name: str, table: pa.Table) -> None:
-                writers[name].write_table(table)
-                _count(totals, name, table)
+            def write(folder: str, table: pa.Table) -> None:
+                writers[folder].write_table(table)
+                _count(totals, folder, table)
 
             mended: set[int] = set()
             writers["responses"] = self._writer("responses", part)

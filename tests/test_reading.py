@@ -314,6 +314,13 @@ def test_a_failure_that_fits_now_is_an_answer(output: Path, finished: Path) -> N
     assert (result.summary.requests, result.summary.totals.answered) == (0, 40)
 
 
+def test_a_retry_does_not_read_otherwise(output: Path) -> None:
+    """Some rows read in one way and others in another would make one column of two meanings."""
+    with pytest.raises(JobError) as refused:
+        batcher.retry(output, settings=["request.parse=regex:label is (a)"])
+    assert str(refused.value) == f"--set request.parse: how answers are read is changed by batcher reparse {output}"
+
+
 def test_an_answer_is_never_thrown_away(output: Path) -> None:
     """The columns become those of a type; an answer that does not fit it stays, without a value; and back again."""
     batcher.reparse(output, AS_JSON[1::2])
