@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 import pyarrow as pa
@@ -18,6 +19,9 @@ from batcher import engine, errors, simulator
 from batcher.job import SIMULATOR, Job, load
 from batcher.records import Snapshot, Summary
 from batcher.store import Results
+
+if TYPE_CHECKING:
+    from batcher.results import Scores
 
 __all__ = ["Job", "Result", "Snapshot", "Summary", "aretry", "arun", "errors", "load", "reparse", "retry", "run"]
 
@@ -38,6 +42,12 @@ class Result:
     def table(self) -> pa.Table:
         """The answered rows, in the input's order."""
         return self._read("responses")
+
+    def scores(self) -> "Scores":
+        """How good the answers are, for a job with `[score]`. Needs `batcher[results]`; raises batcher.errors."""
+        from batcher.results import measure
+
+        return measure(self.output)
 
     def failures(self) -> pa.Table:
         """The rows that ended without an answer; an empty table without columns when there are none."""

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -294,6 +295,29 @@ def _tell_asked(snapshot: Snapshot, results: "Results", log: Log | None) -> None
     else:
         done = f", {count(snapshot.before)} of them done before" if snapshot.before else ""
         _say(f"{count(snapshot.total or 0)} rows are asked again{done}")
+
+
+@app.command()
+def results(
+    output: _Output,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it, as one JSON object.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="One line per number.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="For a page.")] = False,
+) -> None:
+    """Tell how good the answers of a job with [score] are: accuracy, labels, confusion, over all and by group."""
+    from batcher import results as scored
+
+    if as_json + as_csv + as_markdown > 1:
+        raise JobError("results: --json, --csv or --markdown, one of them")
+    scores = scored.measure(output)
+    if as_json:
+        _say(scored.as_json(scores))
+    elif as_csv:
+        _say(scored.as_csv(scores))
+    elif as_markdown:
+        _say(scored.as_markdown(scores))
+    else:
+        _say(scored.as_text(scores, get_terminal_size().columns if sys.stdout.isatty() else None))
 
 
 @app.command()

@@ -100,7 +100,25 @@ class Reading(Struct, frozen=True, kw_only=True):
     def pattern(self) -> str | None:
         """The regular expression that takes the value out of a text."""
         given = self.parse or ""
-        return given.removeprefix(_REGEX) if given.startswith(_REGEX) else None
+        return given.removeprefix(REGEX) if given.startswith(REGEX) else None
+
+
+class Score(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What answers are compared with, and how."""
+
+    target: Text
+    """The truth: a column of the input, or a template over its columns."""
+    method: Text = "exact"
+    """One of METHODS, or `module:function`."""
+    answer: Text | None = None
+    """What is compared: `regex:…`, a column of the answer, or a template over these. None: the answer itself."""
+    by: Text | None = None
+    """The column of the input by which results are grouped."""
+
+
+METHODS = ("exact", "number", "choice", "contains", "regex", "json")
+ANSWER = ("response", "parsed", "reasoning")
+"""What of an answer may be scored."""
 
 
 class RequestTemplate(Struct, frozen=True, kw_only=True):
@@ -120,7 +138,7 @@ class RequestTemplate(Struct, frozen=True, kw_only=True):
     reading: Reading = Reading()
 
 
-_REGEX = "regex:"
+REGEX = "regex:"
 READING = ("parse", "choices", "vote")
 """Keys of `[request]` that are not sent: they say how answers are read."""
 _SHORTHANDS = ("endpoint", "system", "prompt", "body", "extra", *READING)
@@ -130,7 +148,7 @@ _KEY_ITSELF = re.compile(r"(?=.*\d)(?=.*[a-z])\w{24,}", re.ASCII)
 
 _LATER = {
     "schedule": ("deadline", "budget_usd", "dedupe", "wait"),
-    "": ("sweep", "score"),
+    "": ("sweep",),
 }
 _LATER_VALUES = {
     ("request", "prompt_cache_key"): ("auto",),
@@ -145,6 +163,7 @@ _SECTIONS: dict[str, type[Struct]] = {
     "schedule": Schedule,
     "retry": Retry,
     "output": Output,
+    "score": Score,
 }
 
 
@@ -156,8 +175,8 @@ class Job:
     """
 
     __slots__ = (
-        *("_sections", "folder", "input", "name", "origin", "output", "request", "retry", "schedule", "service"),
-        *("results", "texts"),
+        *("_sections", "folder", "input", "name", "origin", "output", "request", "retry", "schedule", "score"),
+        *("results", "service", "texts"),
     )
 
     def __init__(
@@ -170,6 +189,7 @@ class Job:
         service: Mapping[str, object] | None = None,
         schedule: Mapping[str, object] | None = None,
         retry: Mapping[str, object] | None = None,
+        score: Mapping[str, object] | None = None,
         folder: str | Path = ".",
         origin: str = "job",
         texts: Mapping[str, str] | None = None,
@@ -183,6 +203,7 @@ class Job:
             "schedule": schedule,
             "retry": retry,
             "output": output,
+            "score": score,
         }
         self._sections: dict[str, dict[str, object]] = {}
         for section, values in given.items():
@@ -210,6 +231,7 @@ class Job:
         self.schedule: Schedule = _schedule(sections["schedule"], sections["request"], origin)
         self.retry: Retry = _section(Retry, "retry", sections["retry"], origin)
         self.output: Output = _section(Output, "output", sections["output"], origin)
+        self.score: Score | None = _score(sections["score"], origin) if score is not None else None
         self.texts = dict(texts or {})
         self.request = _request(sections["request"], batch, self.folder, origin, self.texts)
         if self.retry.repair and (self.request.endpoint != "chat" or self.request.body is not None):
@@ -230,6 +252,14 @@ class Job:
     def __repr__(self) -> str:
         asked = self.request.parameters.get("model", self.request.body)
         return f"Job({self.name!r}, {asked!r}, output={self.output.path!r})"
+
+    @property
+    def keep(self) -> list[str] | Literal["all"]:
+        """The input's columns that are carried along: those of `[output]`, and the one that results are grouped by."""
+        by = None if self.score is None else self.score.by
+        if self.output.keep == "all" or by is None or by in (self.input.id, *self.output.keep):
+            return self.output.keep
+        return [*self.output.keep, by]
 
     @property
     def ledger_path(self) -> Path:
@@ -258,6 +288,12 @@ class Job:
         if self.output.ledger:
             document["output"] = {**self._sections["output"], "ledger": str(self.ledger_path)}
         return msgspec.toml.encode(document)
+
+    def scoring(self) -> dict[str, object]:
+        """How answers are scored, by dotted key, as JSON-able values; `by` is no part of it."""
+        if self.score is None:
+            return {}
+        return {f"score.{key}": getattr(self.score, key) for key in ("target", "method", "answer")}
 
     def changed(self, settings: Sequence[str]) -> "Job":
         """The same job for some rows that are asked again otherwise: `section.key=value`, never of input and output.
@@ -321,7 +357,7 @@ class Job:
             else urlsplit(self.service.base_url).hostname,
             "input.id": self.input.id,
             "input.where": self.input.where,
-            "output.keep": self.output.keep,
+            "output.keep": self.keep,
             "output.rows_per_part": self.output.rows_per_part,
             "output.raw": self.output.raw,
         }
@@ -430,6 +466,29 @@ def _schedule(given: Mapping[str, object], request: Mapping[str, object], origin
     if schedule.queue_threshold is not None and tier not in ("flex", "auto") and not whole:
         raise JobError(f'{origin}: schedule.queue_threshold: only with service_tier = "flex" or "auto"')
     return schedule
+
+
+def _score(given: Mapping[str, object], origin: str) -> Score:
+    score: Score = _section(Score, "score", given, origin)
+    if score.method not in METHODS and not is_reference(score.method):
+        close = difflib.get_close_matches(score.method, METHODS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise JobError(
+            f"{origin}: score.method: {', '.join(METHODS)} or module:function, not {shown(score.method)}{hint}"
+        )
+    if score.answer is None:
+        return score
+    if score.answer.startswith(REGEX):
+        try:
+            re.compile(score.answer.removeprefix(REGEX))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise JobError(f"{origin}: score.answer: no regular expression: {error}") from None
+    elif not is_template(score.answer) and score.answer.split(".")[0] not in ANSWER:
+        raise JobError(
+            f"{origin}: score.answer: {', '.join(ANSWER)}, a field of parsed such as parsed.label, a template over "
+            f"these, or regex:…, not {shown(score.answer)}"
+        )
+    return score
 
 
 def read_service(given: Mapping[str, object], origin: str) -> Service:
@@ -567,9 +626,9 @@ def _reading(given: Mapping[str, object], folder: Path, origin: str, texts: dict
     parse, choices, vote = (given.get(key) for key in READING)
     schema: dict[str, object] | None = None
     name = "answer"
-    if isinstance(parse, str) and parse.startswith(_REGEX):
+    if isinstance(parse, str) and parse.startswith(REGEX):
         try:
-            re.compile(parse.removeprefix(_REGEX))
+            re.compile(parse.removeprefix(REGEX))
         except (re.error, RecursionError, OverflowError) as error:
             raise JobError(f"{origin}: request.parse: not a regular expression: {error}") from None
     elif isinstance(parse, str) and is_reference(parse):

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from batcher.job import READING, SIMULATOR, keys
+from batcher.job import ANSWER, METHODS, READING, REGEX, SIMULATOR, keys
 
 _Schema = dict[str, Any]
 
@@ -83,6 +83,11 @@ MEANINGS: Mapping[str, str] = {
     "retry.max_attempts": "Answers or losses after which a row fails.",
     "retry.max_invalid": "Times that a row is asked again because its answer did not fit.",
     "retry.repair": "Show the model its answer that did not fit, and why.",
+    "score": "How good the answers are: what each is compared with, and how.",
+    "score.answer": 'What is compared: regex:…, a column such as "parsed.label", a template; or the whole answer.',
+    "score.by": "The input column that results are grouped by.",
+    "score.method": "How an answer is compared with its target; or a function of your own, as module:function.",
+    "score.target": "The truth: a column of the input, or a template over its columns.",
     "output": "Where the answers go.",
     "output.keep": "Input columns to carry along.",
     "output.ledger": "Where the ledger lies, if not in the output's folder; required for object stores.",
@@ -99,6 +104,8 @@ _BY_HAND: Mapping[str, _Schema] = {
     "service.base_url": {"pattern": f"^({SIMULATOR}$|https?://[^@?#]+$)"},
     "service.timeout": {"$ref": "#/$defs/duration", "default": "10m"},
     "schedule.queue_threshold": {"$ref": "#/$defs/duration"},
+    "score.method": {"anyOf": [{"enum": [*METHODS]}, {"pattern": r"^\w+(\.\w+)*:\w+(\.\w+)*$"}]},
+    "score.answer": {"anyOf": [{"pattern": rf"^({REGEX}|({'|'.join(ANSWER)})(\.|$))"}, {"pattern": r"\{[{%#]"}]},
 }
 """What job.py checks with its own code."""
 

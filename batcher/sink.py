@@ -109,13 +109,23 @@ ATTEMPTS = pa.schema(
         ("retry_after", pa.float64()),
     ]
 )
+SCORED = pa.schema(
+    [
+        ("extracted", pa.string()),
+        ("target", pa.string()),
+        ("score", pa.float64()),
+        ("score_error", pa.string()),
+    ]
+)
+"""The columns of `responses` that say how good an answer is; `score` is never null."""
 _REPETITIVE = [
     *("finish_reason", "model", "system_fingerprint", "service_tier", "service_tier_used", "prompt_cache_key"),
     *("kind", "type", "code", "status", "tier", "attempts", "attempt"),
+    *("target", "score_error"),
 ]
-_LONG = {"response", "reasoning", "raw", "body", "message", "request_hash", "response_id"}
+_LONG = {"response", "reasoning", "raw", "body", "message", "request_hash", "response_id", "extracted"}
 NAMES = {
-    *("row", "id", "parsed", "vote_share", *FILLABLE, "altered", "raw"),
+    *("row", "id", "parsed", "vote_share", *SCORED.names, *FILLABLE, "altered", "raw"),
     *(name for name, _ in (*_TEXT, *_ANSWER, *_FAILURE)),
 }
 """Every column name that is ours, now or in a later version of a job: kept columns give way to them."""
@@ -147,9 +157,17 @@ class Mended(NamedTuple):
     """Answered rows of which no value could be read."""
 
 
+class Scorer(Protocol):
+    """Says how good answers are; the job's `[score]` section implements it."""
+
+    def columns(self, answers: pa.Table, inputs: pa.Table) -> pa.Table:
+        """The columns SCORED of these answers, with the input's rows beside them."""
+
+
 class Shape(NamedTuple):
     """What decides the columns, fixed when a run starts: `kept` has the input's types, `id` names the id's column.
 
+    `kept` are all columns that are read of the input, `keep` those of them that are carried along, beside the id.
     `fillable` are the names out of FILLABLE that the job's answers can fill.
     """
 
@@ -159,6 +177,7 @@ class Shape(NamedTuple):
     parser: Parser | None
     fillable: frozenset[str]
     raw: bool
+    scorer: Scorer | None = None
 
     def input_columns(self) -> list[pa.Field]:
         """`row`, `id` and the kept columns, as they stand in every part."""
@@ -179,7 +198,8 @@ class Shape(NamedTuple):
         if self.parser and self.parser.vote:
             parsed.append(("vote_share", pa.float64()))
         raw = [("raw", pa.string())] if self.raw else []
-        text = [*_TEXT[:1], *parsed, *_TEXT[1:], *self.nested()]
+        scored = [(field.name, field.type) for field in SCORED] if self.scorer else []
+        text = [*_TEXT[:1], *parsed, *scored, *_TEXT[1:], *self.nested()]
         named = [*text, *_ANSWER, *_PAID, ("altered", pa.bool_()), *raw]
         return pa.schema([*self.input_columns(), *(pa.field(name, kind) for name, kind in named)])
 
@@ -529,7 +549,8 @@ class Sink:
     def _tables(self, group: "_Group", kept: pa.Table) -> dict[str, pa.Table]:
         """One group's tables, with the input's columns beside the answers."""
         *beside, changed = self._beside(kept, group.answered, group.start)
-        responses = self._answers(group, beside, changed.to_pylist())
+        inputs = kept.take(pc.subtract(pa.array(group.answered, pa.int64()), group.start))
+        responses = self._answers(group, beside, changed.to_pylist(), inputs)
         beside = self._beside(kept, group.failed, group.start)[:-1]
         failures = pa.Table.from_arrays(
             [*beside, *_columns(group.failures, _FAILURE, set())], schema=self._schemas["failures"]
@@ -538,8 +559,13 @@ class Sink:
         attempts = pa.Table.from_arrays(_columns(group.attempts, named, set()), schema=ATTEMPTS)
         return {"responses": responses, "failures": failures, "attempts": attempts}
 
-    def _answers(self, group: "_Group", beside: Sequence[Any], changed_input: Sequence[bool]) -> pa.Table:
-        """The answered rows of a group, beside the input's columns; `changed_input` says where those were altered."""
+    def _answers(
+        self, group: "_Group", beside: Sequence[Any], changed_input: Sequence[bool], inputs: pa.Table
+    ) -> pa.Table:
+        """The answered rows of a group, beside the input's columns; `changed_input` says where those were altered.
+
+        `inputs` are the columns that scores are made from.
+        """
         altered: set[int] = set()
         response, reasoning, *others = _columns(group.responses, [*_TEXT, *_ANSWER, *_PAID], altered)
         parsed: list[pa.Array] = []
@@ -550,9 +576,15 @@ class Sink:
         nested = [_nested(group.answers, name, kind, altered) for name, kind in self._shape.nested()]
         raw = [_texts(group.bodies, altered)] if self._shape.raw else []
         flags = pa.array([index in altered or changed for index, changed in enumerate(changed_input)], pa.bool_())
+        answers = dict(zip(("response", "reasoning", "parsed"), (response, reasoning, *parsed), strict=False))
+        scored = self._scored(pa.table(answers), inputs)
         return pa.Table.from_arrays(
-            [*beside, response, *parsed, reasoning, *nested, *others, flags, *raw], schema=self._schemas["responses"]
+            [*beside, response, *parsed, *scored, reasoning, *nested, *others, flags, *raw],
+            schema=self._schemas["responses"],
         )
+    def _scored(self, answers: pa.Table, inputs: pa.Table) -> list[pa.ChunkedArray]:
+        """How good answers are, where the job says what they should be."""
+        return [] if self._shape.scorer is None else list(self._shape.scorer.columns(answers, inputs).columns)
 
     def _beside(self, kept: pa.Table, rows: list[int], start: int) -> list[Any]:
         """`row`, `id`, the kept columns and the flag of what was altered, for these rows."""

@@ -17,10 +17,10 @@ FLOORS = (
     {"job"},
     {"dialects", "ledger", "parse", "prompt", "report", "retry", "schedule", "schema", "sink", "source"}
     | {"strict", "where"},
-    {"access", "transport"},
+    {"access", "score", "transport"},
     {"models"},
     {"engine", "export", "init", "verify"},
-    {"plan", "status"},
+    {"plan", "results", "status"},
     {"simulator"},
     {"__init__"},
     {"cli"},

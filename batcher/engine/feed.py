@@ -143,10 +143,12 @@ class Feed:
         self._look_beyond()
 
     def _look_ahead(self) -> None:
-        """Raise JobError when a request is not served: before anything is sent, if it is among the first. Blocks."""
+        """Raise JobError, before anything is sent, for what the first rows show to be wrong with all. Blocks."""
         most = LOOKED_AT if self._limit is None else min(LOOKED_AT, self._limit)
         chosen = self._selection or Selection(bits.first(most), most)
-        selection.refuse_unserved(self._prepared, selection.first_rows(self._prepared, chosen, most))
+        rows = selection.first_rows(self._prepared, chosen, most)
+        selection.refuse_unserved(self._prepared, rows)
+        selection.unscored(self._prepared, rows)
 
     def _look_beyond(self) -> None:
         """Count what earlier runs have done of rows that are not selected now."""
@@ -163,7 +165,8 @@ class Feed:
         """Offer what is left. Raises JobError when the input cannot be read on."""
         if is_selective(self._prepared):
             await abandonable(self._select)
-        if self._prepared.job.request.endpoint is None and not self._turns.closed:
+        looks = self._prepared.job.request.endpoint is None or self._prepared.scorer is not None
+        if looks and not self._turns.closed:
             await aside(self._look_ahead)
         reader: Reader | None = None
         part, recorded = 0, max(self._progress, default=0)

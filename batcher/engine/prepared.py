@@ -19,6 +19,7 @@ from batcher.ledger import Ledger, open_read_only
 from batcher.parse import AnswerSchema, Choices, Parser, Pattern, format_schema
 from batcher.prompt import Composer
 from batcher.redact import redactor
+from batcher.score import Scorer
 from batcher.sink import FILLABLE, Shape
 from batcher.source import FileIdentity, Source, changed, open_source, open_table
 from batcher.store import Results, is_remote
@@ -43,10 +44,16 @@ class Prepared(NamedTuple):
     composer: Composer
     parser: Parser | None
     """What reads the answers; None where they are plain text."""
+    scorer: Scorer | None
     access: Access
     keep: tuple[str, ...]
     schema_note: str | None
     """What the job's author should know of how the schema is sent."""
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The input's columns that are looked at before a request is sent."""
+        return self.composer.names | (self.scorer.inputs if self.scorer else frozenset())
 
     def price(self, model: str, prompt: int, cached: int, completion: int, tier: str | None) -> float | None:
         """USD of these tokens in a tier, None where the model's price is not known."""
@@ -76,11 +83,14 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
     for section, name in (("input.id", job.input.id), *(("output.keep", name) for name in keep)):
         if name is not None and name not in source.columns:
             raise JobError(f"{origin}: {section}: no column {name} in the input; its columns are {known}")
+    scorer = None
+    if job.score is not None:
+        scorer = Scorer(job.score, source.columns, parser.arrow_type if parser else None, job.folder, origin)
     source.schema(keep)
     condition = None
     if job.input.where is not None:
         condition = Condition(job.input.where, source.schema(source.columns), f"{origin}: input.where")
-    return Prepared(job, source, condition, composer, parser, way, keep, note)
+    return Prepared(job, source, condition, composer, parser, scorer, way, keep, note)
 
 
 def _refuse_secrets(job: Job, secrets: Sequence[str]) -> None:
@@ -188,8 +198,8 @@ def _input_folders(job: Job) -> Iterator[Path]:
 
 def _kept(job: Job, columns: Sequence[str]) -> tuple[str, ...]:
     """The columns that are carried along; of all of them, the one that is the id already is left out."""
-    if job.output.keep != "all":
-        return tuple(job.output.keep)
+    if job.keep != "all":
+        return tuple(job.keep)
     return tuple(name for name in columns if name != job.input.id)
 
 
@@ -200,9 +210,17 @@ def agree(ledger: Ledger, prepared: Prepared) -> Shape:
     begun = ledger.meta("meaning")
     if begun is None:
         kept = source.schema(names)
-        ledger.set_meta({"meaning": msgspec.json.encode(job.meaning()), "kept": kept.serialize().to_pybytes()})
+        ledger.set_meta(
+            {
+                "meaning": msgspec.json.encode(job.meaning()),
+                "scoring": msgspec.json.encode(job.scoring()),
+                "kept": kept.serialize().to_pybytes(),
+            }
+        )
     else:
         _same_job(begun, job)
+        if refusal := scored_otherwise(ledger.meta("scoring"), job):
+            raise JobError(refusal)
         kept = _same_input(ledger, source)
     ledger.set_meta(
         {
@@ -212,7 +230,7 @@ def agree(ledger: Ledger, prepared: Prepared) -> Shape:
             "texts": msgspec.json.encode(job.texts),
         }
     )
-    return shape_of(job, kept, prepared.parser)
+    return shape_of(job, kept, prepared.parser, prepared.scorer, _scored(prepared))
 
 
 def agree_again(ledger: Ledger, base: Job, prepared: Prepared) -> Shape:
@@ -234,7 +252,11 @@ def agree_again(ledger: Ledger, base: Job, prepared: Prepared) -> Shape:
             f"--set request.{key}: the columns of the output are fixed, and {new[0]} is none of them; "
             "name another output"
         )
-    return shape_of(base, kept, prepared.parser)
+    return shape_of(base, kept, prepared.parser, prepared.scorer, _scored(prepared))
+
+
+def _scored(prepared: Prepared) -> pa.Schema | None:
+    return None if prepared.scorer is None else prepared.source.schema(sorted(prepared.scorer.inputs))
 
 
 def _same_job(begun: bytes, job: Job) -> None:
@@ -255,6 +277,14 @@ def _changed(before: Mapping[str, object], after: Mapping[str, object]) -> set[s
     return {key for key in {*before, *after} if before.get(key) != after.get(key)}
 
 
+def scored_otherwise(begun: bytes | None, job: Job) -> str | None:
+    """Why a run cannot go on with an output whose answers were scored in another way; None where they were not."""
+    scoring = msgspec.json.decode(begun or b"{}")
+    if different := list(differences(scoring, job.scoring())):
+        return f"{job.results} was begun with other scores: {'; '.join(different)}"
+    return None
+
+
 def _same_input(ledger: Ledger, source: Source) -> pa.Schema:
     """The types of the columns that are carried along, when the input is what it was."""
     files = msgspec.json.decode(ledger.meta("input") or b"[]", type=list[FileIdentity])
@@ -267,10 +297,16 @@ def _same_input(ledger: Ledger, source: Source) -> pa.Schema:
     return kept
 
 
-def shape_of(begun: Job, kept: pa.Schema, parser: Parser | None) -> Shape:
-    """The columns of an output, by the job that it was begun with."""
+def shape_of(
+    begun: Job, kept: pa.Schema, parser: Parser | None, scorer: Scorer | None, scored: pa.Schema | None = None
+) -> Shape:
+    """The columns of an output, by the job that it was begun with; `scored` are those that the scorer needs."""
     columns = fillable(begun.request)
-    return Shape(kept, begun.input.id, _kept(begun, kept.names), parser, columns, begun.output.raw)
+    names = {*kept.names}
+    more = [field for field in scored or () if field.name not in names]
+    return Shape(
+        pa.schema([*kept, *more]), begun.input.id, _kept(begun, kept.names), parser, columns, begun.output.raw, scorer
+    )
 
 
 _FILLED_BY: Mapping[str, str] = {
