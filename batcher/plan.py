@@ -199,7 +199,8 @@ def _earlier(prepared: Prepared, selection: Selection) -> tuple[int, str | None]
     with open_read_only(job.ledger_path) as ledger:
         size = job.output.rows_per_part
         done = 0
-        for part, record in parts_of(ledger, UNIT):
+        parts = dict(parts_of(ledger, UNIT))
+        for part, record in parts.items():
             start, stop = part * size, (part + 1) * size
             ended = record.done(start) | bits.of(done_rows(ledger, UNIT, start, stop), start)
             done += (ended & selection.part(start, stop)).bit_count()
@@ -208,7 +209,7 @@ def _earlier(prepared: Prepared, selection: Selection) -> tuple[int, str | None]
     meaning = msgspec.json.decode(msgspec.json.encode(job.meaning()))
     if begun and (different := list(differences(begun, meaning))):
         return done, f"{job.results} was begun with another job: {'; '.join(different)}"
-    if begun and (scored := scored_otherwise(known.get("scoring"), job)):
+    if begun and (scored := scored_otherwise(job, known.get("scoring"), parts.values())):
         return done, scored
     files = msgspec.json.decode(known.get("input", b"[]"), type=list[FileIdentity])
     if difference := changed(files, prepared.source.identities):

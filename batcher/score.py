@@ -186,11 +186,13 @@ def _rows(table: pa.Table, names: frozenset[str]) -> list[dict[str, Any]]:
 
 def plain(column: pa.Array | pa.ChunkedArray) -> list[Any]:
     """A column in plain Python; what that cannot hold is null."""
-    finest = {pa.types.is_timestamp: pa.timestamp, pa.types.is_duration: pa.duration, pa.types.is_time64: pa.time64}
-    for is_one, made in finest.items():
-        if is_one(column.type):
-            zone = [column.type.tz] if made is pa.timestamp else []
-            column = column.cast(made("us", *zone), safe=False)
+    kind = column.type
+    if pa.types.is_timestamp(kind) and kind.unit == "ns":
+        column = column.cast(pa.timestamp("us", kind.tz), safe=False)
+    elif pa.types.is_duration(kind) and kind.unit == "ns":
+        column = column.cast(pa.duration("us"), safe=False)
+    elif pa.types.is_time64(kind) and kind.unit == "ns":
+        column = column.cast(pa.time64("us"), safe=False)
     try:
         return list(column.to_pylist())
     except _UNHELD:

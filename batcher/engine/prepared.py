@@ -3,7 +3,7 @@
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from batcher.job import READING, Job, RequestTemplate, differences
 from batcher.ledger import Ledger, open_read_only
 from batcher.parse import AnswerSchema, Choices, Parser, Pattern, format_schema
 from batcher.prompt import Composer
+from batcher.records import UNIT, PartRecord
 from batcher.redact import redactor
 from batcher.score import Scorer
 from batcher.sink import FILLABLE, Shape
@@ -213,18 +214,18 @@ def agree(ledger: Ledger, prepared: Prepared) -> Shape:
         ledger.set_meta(
             {
                 "meaning": msgspec.json.encode(job.meaning()),
-                "scoring": msgspec.json.encode(job.scoring()),
                 "kept": kept.serialize().to_pybytes(),
             }
         )
     else:
         _same_job(begun, job)
-        if refusal := scored_otherwise(ledger.meta("scoring"), job):
-            raise JobError(refusal)
+        if refusal := scored_otherwise(job, ledger.meta("scoring"), ledger.parts(UNIT).values()):
+            raise JobError(f"{refusal}\nput it back, or name another output")
         kept = _same_input(ledger, source)
     ledger.set_meta(
         {
             "input": msgspec.json.encode(source.identities),
+            "scoring": msgspec.json.encode(job.scoring()),
             # What a retry needs, from wherever it is called: job.toml in the output has neither.
             "folder": os.fsencode(job.folder),
             "texts": msgspec.json.encode(job.texts),
@@ -277,10 +278,14 @@ def _changed(before: Mapping[str, object], after: Mapping[str, object]) -> set[s
     return {key for key in {*before, *after} if before.get(key) != after.get(key)}
 
 
-def scored_otherwise(begun: bytes | None, job: Job) -> str | None:
-    """Why a run cannot go on with an output whose answers were scored in another way; None where they were not."""
+def scored_otherwise(job: Job, begun: bytes | None, parts: Iterable[PartRecord]) -> str | None:
+    """Why a job cannot go on with an output in which answers are scored as `begun` says; None where it can.
+
+    Scores stand in the parts: until the first is published nothing is settled.
+    """
     scoring = msgspec.json.decode(begun or b"{}")
-    if different := list(differences(scoring, job.scoring())):
+    different = list(differences(scoring, job.scoring()))
+    if different and any(part.files for part in parts):
         return f"{job.results} was begun with other scores: {'; '.join(different)}"
     return None
 
