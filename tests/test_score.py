@@ -204,12 +204,15 @@ WRONG = [
     ({"answer": "{{ label }}"}, "score.answer: no column label in the answers; there are response, parsed, reasoning"),
     (
         {"method": "no_such_module_of_mine:grade"},
-        "score.method: no module no_such_module_of_mine is installed, and none",
+        "score.method: no_such_module_of_mine cannot be imported: ModuleNotFoundError",
     ),
-    ({"method": "json:nothing"}, "score.method: json has no nothing"),
+    ({"method": "json:nothing"}, "score.method: the module json has no nothing"),
     ({"method": "json:decoder"}, "score.method: json:decoder is no function"),
     ({"method": "score_breaks:grade"}, "score.method: score_breaks cannot be imported: ZeroDivisionError: division"),
-    ({"method": "score_lacks:grade"}, "score.method: score_lacks cannot be imported: No module named 'no_such_thing'"),
+    (
+        {"method": "score_lacks:grade"},
+        "score.method: score_lacks cannot be imported: ModuleNotFoundError: No module named",
+    ),
 ]
 
 
