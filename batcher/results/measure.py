@@ -247,11 +247,11 @@ def _agreement(pairs: Counter[tuple[str, str]], targets: list[str]) -> dict[str,
     said = [label if label in known else ANOTHER for label, _ in pairs]
     true = [target for _, target in pairs]
     rows = list(pairs.values())
-    names = [*targets, *(extra for extra in (ANOTHER, NONE) if extra in said)]
+    names = [*targets, ANOTHER, NONE]
     confusion = metrics.confusion_matrix(true, said, labels=names, sample_weight=rows).tolist()
     rates = metrics.precision_recall_fscore_support(true, said, labels=targets, sample_weight=rows, zero_division=0)
     kappa = None
-    if len(names) > 1:  # where there is but one label, agreement by chance is perfect too
+    if len({*said, *true}) > 1:  # where there is but one label, agreement by chance is perfect too
         kappa = float(metrics.cohen_kappa_score(true, said, labels=names, sample_weight=rows))
     found = [
         Label(name, sum(confusion[index]), sum(row[index] for row in confusion), *map(float, numbers))
@@ -262,7 +262,7 @@ def _agreement(pairs: Counter[tuple[str, str]], targets: list[str]) -> dict[str,
         "macro_f1": fmean(label.f1 for label in found),
         "labels": found,
         "confusion": {
-            name: dict(zip(names, map(int, row), strict=True))
-            for name, row in zip(targets, confusion, strict=False)  # what follows is no target
+            target: {name: int(rows) for name, rows in zip(names, row, strict=True) if name in targets or name in said}
+            for target, row in zip(targets, confusion, strict=False)  # what follows is no target
         },
     }
