@@ -55,7 +55,10 @@ def right(number: int, of: int) -> list[Row]:
 
 def labelled(confusion: Mapping[tuple[str | None, str], int]) -> list[Row]:
     """Rows by answer and target."""
-    return [(said, true, float(said == true)) for (said, true), rows in confusion.items() for _ in range(rows)]
+    made: list[Row] = []
+    for (said, true), rows in confusion.items():
+        made += [(said, true, float(said == true))] * rows
+    return made
 
 
 def wilson(right: int, of: int) -> tuple[float, float]:
