@@ -110,14 +110,16 @@ def retry(
     return anyio.run(_aretry, output, where, settings, abandon, input, watch, True, backend_options=_fast())
 
 
-def reparse(output: str | Path, settings: Sequence[str] = ()) -> Result:
+def reparse(output: str | Path, settings: Sequence[str] = (), *, input: object = None) -> Result:
     """Read the stored answers of a finished output again and write its parts anew; nothing is asked.
 
-    `settings` say how: `request.parse=…`, `request.choices=…`, `request.vote=…`, `request.response_format=…`; files and
-    types that the job names for it are read anew. A reparse that was interrupted goes on when it is called again.
+    `settings` say how: `request.parse=…`, `request.choices=…`, `request.vote=…`, `request.response_format=…`, and the
+    keys of `[score]`; files and types that the job names for it are read anew. What is scored needs the input again:
+    `input` is the table that the rows came from, if they did. A reparse that was interrupted goes on when it is called
+    again.
     Raises batcher.errors.
     """
-    job, summary, _ = engine.reparse(output, settings)
+    job, summary, _ = engine.reparse(output, settings, input)
     return Result(job.results, summary)
 
 

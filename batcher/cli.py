@@ -259,8 +259,8 @@ def reparse(
         list[str] | None,
         typer.Option(
             "--set",
-            metavar="REQUEST.KEY=VALUE",
-            help="parse, choices, vote or response_format, without a value to take it out; may be repeated.",
+            metavar="SECTION.KEY=VALUE",
+            help="request.parse, .choices, .vote or .response_format, or a key of [score]; may be repeated.",
         ),
     ] = None,
 ) -> None:

@@ -317,17 +317,18 @@ class Job:
         return from_document({"name": self.name, **sections}, self.folder, self.origin, texts)
 
     def reread(self, settings: Sequence[str]) -> "Job":
-        """The same job that reads its answers otherwise: `request.key=value`, and without a value the key is taken out.
+        """The same job that reads or scores its answers otherwise: `section.key=value`, without a value to take it out.
 
         What answers are read by is read anew, also where it lies in a file or a module; prompts are what they were.
         """
         sections = copy.deepcopy(self._sections)
         for setting in settings:
             section, *keys = _override(sections, setting)
-            if section != "request" or keys not in ([key] for key in (*READING, "response_format")):
+            reads = section == "request" and keys in ([key] for key in (*READING, "response_format"))
+            if not reads and (section != "score" or len(keys) != 1):
                 raise JobError(
                     f"--set {word(setting)}: a reparse may change request.response_format, request.parse,"
-                    " request.choices and request.vote only"
+                    " request.choices, request.vote and [score] only"
                 )
             if sections[section][keys[0]] == "":
                 del sections[section][keys[0]]

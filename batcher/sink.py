@@ -272,12 +272,18 @@ class Sink:
             return totals, self._place_all(writers, part, totals)
 
     def reread(
-        self, record: PartRecord, part: int, judge: Callable[[bytes], Answer | str]
+        self,
+        record: PartRecord,
+        part: int,
+        judge: Callable[[bytes], Answer | str],
+        start: int,
+        kept: Callable[[], Iterator[pa.RecordBatch]] | None,
     ) -> tuple[PartRecord, Mended]:
         """Write part N again with what its answers are read as now, and with what was an answer all the time.
 
         `judge` says of a failed row's body what its answer is, or why it does not fit. What is in the ledger of the
-        part is not looked at. A part that was written so and not noted may be written so again.
+        part is not looked at. A part that was written so and not noted may be written so again. `kept` gives the
+        input's columns from row `start` on, as often as it is called; None where nothing is scored.
         """
         former = [file.name for file in record.files]
         there: set[int] = set()
@@ -292,9 +298,10 @@ class Sink:
 
             mended: set[int] = set()
             writers["responses"] = self._writer("responses", part)
-            new = _Ahead(self._mended(part, former, there, mended, judge), self._schemas["responses"])
+            inputs, inputs_of_new = (self._inputs(start, kept) for _ in range(2))
+            new = _Ahead(self._mended(part, former, there, mended, judge, inputs_of_new), self._schemas["responses"])
             for batch in self._former("responses", part, former):
-                old = self._read_again(pa.Table.from_batches([batch]))
+                old = self._read_again(pa.Table.from_batches([batch]), inputs)
                 between = list(new.until(old["row"][-1].as_py())) if len(old) else []
                 write("responses", pa.concat_tables([*between, old]).sort_by("row") if between else old)
             for table in new.until(_NO_ROW):
@@ -329,7 +336,23 @@ class Sink:
                 raise StorageError.of(f"{self._workshop.parent}: part {part}", error) from None
             raise
 
-    def _read_again(self, old: pa.Table) -> pa.Table:
+    def _inputs(
+        self, start: int, kept: Callable[[], Iterator[pa.RecordBatch]] | None
+    ) -> Callable[[Sequence[int]], pa.Table]:
+        """A function that gives the input's columns of rows, which ascend from call to call."""
+        schema = self._shape.kept.append(pa.field(ALTERED, pa.bool_()))
+        if kept is None:
+            return lambda rows: schema.empty_table()
+        ahead = _Ahead(kept(), schema)
+
+        def inputs(rows: Sequence[int]) -> pa.Table:
+            if not rows:
+                return schema.empty_table()
+            return ahead.rows(rows[0] - start, rows[-1] + 1 - start).take([row - rows[0] for row in rows])
+
+        return inputs
+
+    def _read_again(self, old: pa.Table, inputs: Callable[[Sequence[int]], pa.Table]) -> pa.Table:
         """Answered rows as they stand in a part, with what is read out of their texts now."""
         schema, parser = self._schemas["responses"], self._shape.parser
         columns = {name: old[name] for name in schema.names if name in old.column_names}
@@ -342,6 +365,8 @@ class Sink:
             if changed:
                 marked = pa.array([row in {*changed} for row in range(len(old))], pa.bool_())
                 columns["altered"] = pc.or_(old["altered"], marked)
+        answers = pa.table({name: columns[name] for name in ("response", "reasoning", "parsed") if name in columns})
+        columns |= dict(zip(SCORED.names, self._scored(answers, inputs(old["row"].to_pylist())), strict=False))
         made = [columns.get(field.name, pa.nulls(len(old), field.type)) for field in schema]
         return pa.Table.from_arrays(made, schema=schema)
 
@@ -352,6 +377,7 @@ class Sink:
         there: set[int],
         mended: set[int],
         judge: Callable[[bytes], Answer | str],
+        inputs: Callable[[Sequence[int]], pa.Table],
     ) -> Iterator[pa.RecordBatch]:
         """Rows of a part that failed for what does not fail them now, as answers; they are added to `mended`."""
         times = _Ahead(self._former("attempts", part, former), ATTEMPTS)
@@ -391,7 +417,8 @@ class Sink:
                 beside = table.take(pa.array(chosen, pa.int64())).select(
                     [field.name for field in self._shape.input_columns()]
                 )
-                yield from self._answers(group, beside.columns, [False] * len(chosen)).to_batches()
+                rows = beside["row"].to_pylist()
+                yield from self._answers(group, beside.columns, [False] * len(chosen), inputs(rows)).to_batches()
 
     def _explained(self, failures: pa.Table, judge: Callable[[bytes], Answer | str]) -> pa.Table:
         """Failed rows, with why their answers do not fit what reads them now."""
@@ -582,6 +609,7 @@ class Sink:
             [*beside, response, *parsed, *scored, reasoning, *nested, *others, flags, *raw],
             schema=self._schemas["responses"],
         )
+
     def _scored(self, answers: pa.Table, inputs: pa.Table) -> list[pa.ChunkedArray]:
         """How good answers are, where the job says what they should be."""
         return [] if self._shape.scorer is None else list(self._shape.scorer.columns(answers, inputs).columns)

@@ -50,7 +50,8 @@ def write(
 
 def right(number: int, of: int) -> list[Row]:
     """So many right answers out of so many."""
-    return [("a", "a", 1.0)] * number + [("b", "a", 0.0)] * (of - number)
+    hit, miss = ("a", "a", 1.0), ("b", "a", 0.0)
+    return [*[hit] * number, *[miss] * (of - number)]
 
 
 def labelled(confusion: Mapping[tuple[str | None, str], int]) -> list[Row]:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +17,9 @@ import batcher
 from batcher.errors import JobError
 from batcher.job import Score, load
 from batcher.plan import plan, render
+from batcher.results import measure
 from batcher.score import Scorer, labels, number
+from batcher.simulator import Recorded
 from batcher.sink import SCORED
 from batcher.verify import verify
 from tests import stories
@@ -313,6 +316,37 @@ def test_a_run_scores_and_carries_the_group_along(tmp_path: Path, monkeypatch: p
             batcher.run(load(path, ["score.method=exact"]))
         assert otherwise in str(plan(load(path, ["score.method=exact"])).refusal)
         assert batcher.run(load(path)).summary.requests == 0
+        with pytest.raises(JobError, match="the columns of the output are fixed"):
+            batcher.reparse(tmp_path / "out", ["score.by=truth"])
+        # The stored answers can be scored otherwise, with the input's columns beside them.
+        settings = ["score.method=exact", "score.target={{ text[5:10] }}", r"score.answer=regex:\[row (\d+)"]
+        again = batcher.reparse(tmp_path / "out", settings).table()
+        assert again["target"].to_pylist() == [f"{row:05d}" for row in range(40)]
+        places = [re.findall(r"\[row (\d+)", text) for text in again["response"].to_pylist()]
+        assert again["extracted"].to_pylist() == [each[-1] if each else None for each in places]
+        assert again.drop_columns(SCORED.names) == table.drop_columns(SCORED.names)
+        assert measure(tmp_path / "out").method == "exact"
+        assert batcher.run(load(path, settings)).summary.requests == 0
+        assert verify(tmp_path / "out").problems == []
+
+
+def test_rows_that_are_answered_once_they_are_read_otherwise_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with the target of its own row, among those that were answered before."""
+    monkeypatch.setenv("STORY_KEY", stories.KEY)
+    said = {stories.prompt(row): (f"label {row % 3}" if row % 4 else f"something else {row}",) for row in range(40)}
+    with stories.service(latency=0.0, answers=Recorded(said)) as service:
+        path = write(tmp_path, service.url, ROWS, target="{{ 'label ' ~ score }}")
+        words = ['request.choices=["label 0", "label 1", "label 2"]', "retry.max_invalid=0", "output.rows_per_part=16"]
+        before = batcher.run(load(path, words))
+        assert (before.table().num_rows, before.failures().num_rows) == (30, 10)
+        assert set(before.table()["score"].to_pylist()) == {1.0}
+        after = batcher.reparse(tmp_path / "out", ["request.choices="]).table()
+        assert after["row"].to_pylist() == [*range(40)]
+        assert after["extracted"] == after["response"]
+        assert after["target"].to_pylist() == [f"label {row % 3}" for row in range(40)]
+        assert after["score"].to_pylist() == [float(row % 4 > 0) for row in range(40)]
         assert verify(tmp_path / "out").problems == []
 
 

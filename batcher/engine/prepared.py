@@ -76,7 +76,7 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
         raise JobError(f"{origin}: retry.repair: nothing reads the answers; give choices, parse or response_format")
     form, note = _format(template, way.dialect)
     composer = Composer(template, form, origin, job.schedule.service_tier, (job.folder, *_input_folders(job)))
-    source = _source(job, table)
+    source = source_of(job, table)
     known = ", ".join(source.columns)
     if missing := sorted(composer.names - set(source.columns)):
         raise JobError(f"{origin}: request: no column {missing[0]} in the input; its columns are {known}")
@@ -84,9 +84,7 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
     for section, name in (("input.id", job.input.id), *(("output.keep", name) for name in keep)):
         if name is not None and name not in source.columns:
             raise JobError(f"{origin}: {section}: no column {name} in the input; its columns are {known}")
-    scorer = None
-    if job.score is not None:
-        scorer = Scorer(job.score, source.columns, parser.arrow_type if parser else None, job.folder, origin)
+    scorer = scorer_of(job, source, parser)
     source.schema(keep)
     condition = None
     if job.input.where is not None:
@@ -105,7 +103,7 @@ def _refuse_secrets(job: Job, secrets: Sequence[str]) -> None:
             )
 
 
-def _source(job: Job, table: object) -> Source:
+def source_of(job: Job, table: object) -> Source:
     """The job's rows; the files that an earlier run knew stand first."""
     given = job.input
     if table is not None:
@@ -179,6 +177,13 @@ def parser_of(template: RequestTemplate, origin: str) -> Parser | None:
         raise JobError(f"{origin}: request.{key}: {error}") from None
 
 
+def scorer_of(job: Job, source: Source, parser: Parser | None) -> Scorer | None:
+    """What scores the answers, where the job says what they should be. Raises JobError."""
+    if job.score is None:
+        return None
+    return Scorer(job.score, source.columns, parser.arrow_type if parser else None, job.folder, job.origin)
+
+
 def _format(template: RequestTemplate, dialect: Dialect) -> tuple[Mapping[str, object] | None, str | None]:
     """The `response_format` of the job's schema, and what is to be said of how a schema is sent."""
     note = doubts(template.parameters) if dialect.strict_subset else None
@@ -220,8 +225,9 @@ def agree(ledger: Ledger, prepared: Prepared) -> Shape:
     else:
         _same_job(begun, job)
         if refusal := scored_otherwise(job, ledger.meta("scoring"), ledger.parts(UNIT).values()):
-            raise JobError(f"{refusal}\nput it back, or name another output")
-        kept = _same_input(ledger, source)
+            hint = f"put it back, or let batcher reparse {job.results} --set … score the stored answers so"
+            raise JobError(f"{job.origin}: {refusal}\n{hint}")
+        kept = same_input(ledger, source)
     ledger.set_meta(
         {
             "input": msgspec.json.encode(source.identities),
@@ -238,7 +244,7 @@ def agree_again(ledger: Ledger, base: Job, prepared: Prepared) -> Shape:
     """Hold a retry against what the output was begun with, `base`; returns its columns. Raises JobError."""
     _same_job(ledger.meta("meaning") or b"{}", base)
     begun = ledger.meta("input") or b"[]"
-    kept = _same_input(ledger, prepared.source)
+    kept = same_input(ledger, prepared.source)
     if len(msgspec.json.decode(begun)) != len(prepared.source.identities):
         raise JobError("the input has new files, so rows are pending: run the job to its end first")
     changed = _changed(base.meaning(), prepared.job.meaning())
@@ -290,7 +296,7 @@ def scored_otherwise(job: Job, begun: bytes | None, parts: Iterable[PartRecord])
     return None
 
 
-def _same_input(ledger: Ledger, source: Source) -> pa.Schema:
+def same_input(ledger: Ledger, source: Source) -> pa.Schema:
     """The types of the columns that are carried along, when the input is what it was."""
     files = msgspec.json.decode(ledger.meta("input") or b"[]", type=list[FileIdentity])
     digests = msgspec.json.decode(ledger.meta("digests") or b"[]", type=list[str])
