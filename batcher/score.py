@@ -257,6 +257,7 @@ def _exact(extracted: str, target: str) -> tuple[str, str]:
 
 _NUMBER = re.compile(
     r"""
+    (?=[-+−$€£¥₹.\d])                          # most places are passed over at once
     (?:(?<![\w.,)])(?P<sign>[-+−]))?           # of "5-3" and "- 5" the line is no sign
     (?:[$€£¥₹]\s?)?
     (?:(?<=[$€£¥₹])(?P<inner>[-−]))?            # $-5
