@@ -328,7 +328,7 @@ class Job:
             if not reads and (section != "score" or len(keys) != 1):
                 raise JobError(
                     f"--set {word(setting)}: a reparse may change request.response_format, request.parse,"
-                    " request.choices, request.vote and [score] only"
+                    " request.choices and request.vote only, and what stands in [score]"
                 )
             if sections[section][keys[0]] == "":
                 del sections[section][keys[0]]
