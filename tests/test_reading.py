@@ -78,7 +78,7 @@ def broken(way: int, luck: random.Random) -> tuple[str | Said, bool]:
 def test_broken_answers_end_valid_or_kept(tmp_path: Path) -> None:
     """1,319 rows, 15 % of the answers broken in ten ways: each row ends valid or failed with its text, and all paid."""
     rows, luck = 1319, random.Random(5)
-    well = (json.dumps(GOOD), True)
+    well: tuple[str | Said, bool] = json.dumps(GOOD), True
     scripts: list[list[tuple[str | Said, bool]]] = []
     for row in range(rows):
         said = [well] * 3
@@ -359,7 +359,7 @@ def test_a_kill_in_a_reparse_changes_nothing_of_it(output: Path, point: str) -> 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     rows = stories.column(output, "responses", "row")
     assert len(rows) == len({*rows})
-    assert sorted({*rows, *stories.column(output, "failures", "row")}) == list(range(ROWS))
+    assert {*rows, *stories.column(output, "failures", "row")} == {*range(ROWS)}
     verdict = verify(output)
     assert (verdict.problems, verdict.rereading) == ([], point != "reparse.ended:1")
     if verdict.rereading:
