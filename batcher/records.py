@@ -507,6 +507,8 @@ class Summary(msgspec.Struct, kw_only=True):
     seconds: float
     """This run's, as are the requests it sent."""
     requests: int
+    transport: str
+    """The HTTP library: aiohttp or reqwest."""
     version: str
     retries: tuple[Retried, ...] = ()
 

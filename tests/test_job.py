@@ -58,6 +58,7 @@ WHOLE: Sections = {
         "headers_env": "MY_HEADERS",
         "encoding": "json",
         "compression": "none",
+        "transport": "reqwest",
         "timeout": "90s",
         "proxy": True,
         "prices": {

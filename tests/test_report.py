@@ -63,6 +63,7 @@ DONE = Summary(
     finished_at="2026-11-01T10:01:40+00:00",
     seconds=100.0,
     requests=12_400,
+    transport="reqwest",
     version="1",
 )
 
@@ -312,6 +313,7 @@ def test_what_is_not_known_is_called_unknown() -> None:
             finished_at="",
             seconds=0.0,
             requests=4,
+            transport="aiohttp",
             version="1",
         ),
         "out",

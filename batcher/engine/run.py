@@ -106,6 +106,7 @@ async def live(
         proxy_from_environment=service.proxy,
         encoding=service.encoding,
         compression=service.compression,
+        library=service.transport,
     )
     try:
         with _collecting_rarely():
@@ -404,6 +405,7 @@ class _Run:
             finished_at=finished_at,
             seconds=round(self._now() - self._started, 3),
             requests=self._counts.requests,
+            transport=self._transport.name,
             version=version("batcher"),
             retries=retries,
         )

@@ -37,7 +37,7 @@ def render(summary: Summary, output: str) -> str:
             "unfit",
             f"{count(totals.unfit)} answers do not fit how they are read now: parsed is null" * bool(totals.unfit),
         ),
-        ("time", f"{duration(summary.seconds)}, {_rate(summary)} requests per second"),
+        ("time", f"{duration(summary.seconds)}, {_rate(summary)} requests per second over {summary.transport}"),
         ("", ""),
     ]
     if totals.answered:
