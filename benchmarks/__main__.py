@@ -9,8 +9,9 @@ from benchmarks.overhead import latency, overhead
 from benchmarks.parse import parse
 from benchmarks.payload import payload
 from benchmarks.resume import resume
+from benchmarks.transport import transport
 
-QUESTIONS = ("overhead", "latency", "memory", "large", "resume", "payload", "parse")
+QUESTIONS = ("overhead", "latency", "memory", "large", "resume", "payload", "parse", "transport")
 
 
 def show(answers: list[Answer]) -> None:
@@ -50,6 +51,8 @@ def main() -> None:
         answers += payload()
     if arguments.question in (None, "parse"):
         answers += parse()
+    if arguments.question in (None, "transport"):
+        answers += transport(arguments.pairs, sizes=(5_000, 25_000))
     show(answers)
 
 
