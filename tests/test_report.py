@@ -291,7 +291,7 @@ def test_the_summary_has_every_sum() -> None:
         "1,234,567 prompt, 1,000 of them cached, 98,765 completion",
         "$1.50",
         "length 40",
-        "1 min 40 s, 124 requests per second",
+        "1 min 40 s, 124 requests per second over reqwest",
         "out/tickets/responses",
         "out/tickets/failures",
     ):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gzip
 import json
+import os
 import resource
 import socket
 import ssl
@@ -717,6 +718,31 @@ def test_tls_with_a_server_that_speaks_none_is_told_apart() -> None:
     anyio.run(run)
 
 
+def test_tls_that_is_never_agreed_on_times_out_unpaid() -> None:
+    """A server that says nothing to a greeting is one to which no connection opens."""
+    found = asyncio.run(asked_for_tls(Caller.gone, limit=0.4))
+    assert (found.kind, found.paid) == (Kind.CONNECT_TIMEOUT, False)
+    assert found.message == "no connection to 127.0.0.1 within 0.2 s"
+
+
+def test_tls_that_the_server_breaks_off_was_not_paid() -> None:
+    """A connection that closes before TLS is agreed on has carried no request."""
+
+    async def closing(caller: Caller) -> None:
+        await caller.say(b"")
+
+    found = asyncio.run(asked_for_tls(closing))
+    assert (found.kind, found.paid) == (Kind.CONNECTION, False)
+
+
+async def asked_for_tls(talk: Talk, limit: float = 20.0) -> Failure:
+    """The failure of one request to an https address of such a server."""
+    async with serving(talk) as server, transport_to(server.url("https"), limit=limit) as transport:
+        found = await transport.send(REQUEST)
+    assert isinstance(found, Failure)
+    return found
+
+
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """An environment without proxies, and with a netrc that knows a password."""
@@ -780,6 +806,47 @@ def test_a_proxy_that_wants_a_password_is_told_apart(environment: pytest.MonkeyP
         assert (found.kind, found.paid) == (Kind.PROXY, False)
 
     anyio.run(run)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
+    ],
+    ids=["502", "403"],
+)
+def test_a_proxy_that_does_not_connect_is_told_apart(environment: pytest.MonkeyPatch, said: bytes) -> None:
+    """Whatever a proxy says instead of opening a tunnel, nothing was sent to the service."""
+
+    async def tunnel(caller: Caller) -> None:
+        await caller.say(said)
+
+    async def run() -> None:
+        async with serving(tunnel) as proxy:
+            environment.setenv("https_proxy", f"http://me:proxy-password@127.0.0.1:{proxy.port}")
+            async with transport_to("https://api.example/v1", proxy_from_environment=True) as transport:
+                found = await transport.send(REQUEST)
+        assert isinstance(found, Failure)
+        assert (found.kind, found.paid) == (Kind.CONNECTION, False)
+        assert "proxy-password" not in found.message
+
+    anyio.run(run)
+
+
+def test_a_proxy_that_is_not_there_is_named(environment: pytest.MonkeyPatch) -> None:
+    """The address that nobody listens on is the proxy's."""
+    port = unused_port()
+    environment.setenv("http_proxy", f"http://127.0.0.1:{port}")
+
+    async def run() -> Reply | Failure:
+        async with transport_to("http://service.internal/v1", proxy_from_environment=True) as transport:
+            return await transport.send(REQUEST)
+
+    found = anyio.run(run)
+    assert isinstance(found, Failure)
+    assert (found.kind, found.paid) == (Kind.CONNECTION, False)
+    assert found.message == f"cannot connect to 127.0.0.1:{port}: Connection refused"
 
 
 @pytest.mark.parametrize("status", ["200 OK", "400 Bad Request", "302 Found", "201 Created"])
@@ -1057,6 +1124,68 @@ def test_a_refusal_says_how_the_body_went_until_one_was_answered(status: int) ->
         return [outcome.packing for outcome in sent if isinstance(outcome, Failure)]
 
     assert anyio.run(run) == ([None, None] if status == 429 else ["gzip", None])
+
+
+def left() -> tuple[int, int]:
+    """How many files and sockets this process holds, and how many threads."""
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files and threads are counted in /proc")
+def test_nothing_is_left_of_a_transport() -> None:
+    """Answered, refused, broken off and cancelled: once it is closed no socket and no thread is there any more."""
+
+    async def talk(caller: Caller) -> None:
+        for raw in (answer(), answer(b"{}", status="503 No"), answer()[:-10]):
+            await caller.request()
+            await caller.say(raw)
+        await caller.gone()
+
+    arrived = asyncio.Semaphore(0)
+
+    async def silent(caller: Caller) -> None:
+        arrived.release()
+        await caller.gone()
+
+    async def used(server: Server, silence: Server) -> None:
+        async with transport_to(server.url()) as transport, transport_to(silence.url()) as stuck:
+            async with anyio.create_task_group() as group:
+                for _ in range(5):
+                    group.start_soon(stuck.send, REQUEST)
+                for _ in range(2):
+                    await transport.send(REQUEST)
+                for _ in range(5):
+                    await arrived.acquire()
+                group.cancel_scope.cancel()
+
+    async def run() -> None:
+        async with serving(talk) as server, serving(silent) as silence:
+            await used(server, silence)  # what a process needs once: a loop's threads, Rust's
+            await few(left()[0])
+            before = left()
+            for _ in range(3):
+                await used(server, silence)
+            await few(before[0])
+            assert left()[1] <= before[1]
+
+    async def few(most: int) -> None:
+        """Wait until no more than so many files are open, and the servers' sides are closed as well."""
+        with anyio.fail_after(5):
+            while len(os.listdir("/proc/self/fd")) > most:  # noqa: ASYNC110: nothing tells of it
+                await anyio.sleep(0.001)
+
+    anyio.run(run)
+
+
+def test_headers_that_nobody_can_read_do_no_harm() -> None:
+    """What is not ASCII may be missing; one that comes twice is seen twice."""
+    headers = "x-own: \xff\xfe\r\nx-ratelimit-limit-requests-day: 7\r\nx-twice: 1\r\nx-twice: 2\r\n"
+    raw = answer(headers="").replace(b"Content-Length", headers.encode("latin-1") + b"Content-Length", 1)
+    [reply] = outcomes(saying(raw))
+    assert isinstance(reply, Reply)
+    assert [value for name, value in reply.headers.items() if name.lower() == "x-twice"] == ["1", "2"]
+    assert [limit.limit for limit in cerebras.limits(reply.headers)] == [7.0]
+    assert reply.headers.get("x-absent") is None
 
 
 def test_closing_closes_every_connection() -> None:
