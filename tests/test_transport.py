@@ -1171,7 +1171,7 @@ def test_nothing_is_left_of_a_transport() -> None:
     async def few(most: int) -> None:
         """Wait until no more than so many files are open, and the servers' sides are closed as well."""
         with anyio.fail_after(5):
-            while len(os.listdir("/proc/self/fd")) > most:  # noqa: ASYNC110: nothing tells of it
+            while len(os.listdir("/proc/self/fd")) > most:  # noqa: ASYNC110 - nothing tells of it
                 await anyio.sleep(0.001)
 
     anyio.run(run)

@@ -226,6 +226,6 @@ def _lost(error: PyreqwestError, *, begun: bool) -> LostError:
         return LostError(Kind.PROXY)
     if tunnel and tunnel == last.removeprefix(_TUNNEL):
         return LostError(Kind.CONNECTION, tunnel, tunnel=True)
-    if number or any(cause.startswith("tcp ") for cause in causes):
+    if number or last == "tls handshake eof" or any(cause.startswith("tcp ") for cause in causes):
         return LostError(Kind.CONNECTION, reason)
     return LostError(Kind.TLS, reason)
