@@ -9,6 +9,7 @@ import resource
 import socket
 import ssl
 import struct
+import subprocess
 import sys
 import tracemalloc
 import zlib
@@ -25,6 +26,8 @@ from batcher.dialects import cerebras
 from batcher.errors import JobError
 from batcher.records import Failure, Kind, Reply, Request
 from batcher.transport import HttpTransport, Library
+from benchmarks.tls import AUTHORITY, context
+from tests import stories
 
 SECRET = "csk-0123456789abcdef"
 ANSWER = b'{"choices":[{"index":0,"message":{"content":"yes"},"finish_reason":"stop"}]}'
@@ -83,9 +86,8 @@ class Caller:
             head = await self._reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError:
             return b""
-        length = next(
-            int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")
-        )
+        lines = head.lower().split(b"\r\n")
+        length = next((int(line.split(b":")[1]) for line in lines if line.startswith(b"content-length:")), 0)
         whole = head + await self._reader.readexactly(length)
         self._server.requests.append(whole)
         return whole
@@ -700,6 +702,24 @@ def test_a_certificate_that_nobody_signed_is_refused(tmp_path: Path) -> None:
         assert server.requests == []
 
     anyio.run(run)
+
+
+def test_a_run_trusts_the_authorities_that_the_environment_names(tmp_path: Path) -> None:
+    """`SSL_CERT_FILE` counts, as it does for other programs of the machine; the summary names the library."""
+    authority = tmp_path / "authority.pem"
+    authority.write_text(AUTHORITY)
+    stories.write_jsonl(tmp_path / "rows.jsonl", 3)
+
+    async def run() -> "subprocess.CompletedProcess[str]":
+        async with serving(saying(answer()), context()) as server:
+            service = {"transport": library}
+            job = stories.write_job(tmp_path, server.url("https"), more={"service": service})
+            return await anyio.to_thread.run_sync(lambda: stories.run(job, SSL_CERT_FILE=str(authority)))
+
+    ended = anyio.run(run)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((tmp_path / "out" / "summary.json").read_bytes())["transport"] == library
+    assert f"requests per second over {library}" in ended.stdout + ended.stderr
 
 
 def test_tls_with_a_server_that_speaks_none_is_told_apart() -> None:
