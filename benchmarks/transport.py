@@ -66,16 +66,8 @@ def transport(number: int, sizes: tuple[int, int]) -> list[Answer]:
         }
         # Late enough that all are in flight, and many enough that the greetings of connections are not in the slope.
         measured = rounds(number, secure, 512, (2 * sizes[0], 2 * sizes[1]), delay=50, tls=True)
-    answers.append(
-        ratio(
-            measured,
-            "TLS, HTTP/1.1, 512 in flight (50 ms): pyreqwest over aiohttp",
-            "pyreqwest",
-            "aiohttp",
-            "0.7",
-            "0.5",
-        )
-    )
+    question = "TLS, HTTP/1.1, 512 in flight (50 ms): pyreqwest over aiohttp"
+    answers.append(ratio(measured, question, "pyreqwest", "aiohttp", "0.7", "0.5"))
     peaks: dict[str, list[float]] = {"aiohttp": [], "pyreqwest": []}
     with server(200) as base_url:
         for _ in range(min(number, 3)):

@@ -445,7 +445,6 @@ def test_a_run_names_its_http_library_and_says_when_that_is_not_there(
     assert batcher.run(job(tmp_path, well.url, rows=3)).summary.transport == "aiohttp"
     spec = job(tmp_path, well.url, rows=3, more=fast)
     assert "pip install" in str(ended(batcher.errors.JobError, lambda: batcher.run(spec)))
-    assert "pip install" in str(missed)
 
 
 def test_an_empty_input_is_a_finished_job(tmp_path: Path, well: Simulator) -> None:
