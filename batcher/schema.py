@@ -72,6 +72,7 @@ MEANINGS: Mapping[str, str] = {
     "service.prices": "USD per million tokens, by model; by tier too.",
     "service.proxy": "Use the proxy that the environment names.",
     "service.timeout": "For a whole request.",
+    "service.transport": "The HTTP library; the faster one that is installed when absent.",
     "schedule": "How much may be under way.",
     "schedule.max_in_flight": "The most requests at once; auto finds it.",
     "schedule.queue_threshold": "Refuse a request rather than let it wait longer: 50 ms to 20 s, for flex and auto.",
