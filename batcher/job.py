@@ -67,6 +67,8 @@ class Schedule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     service_tier: Tier | None = None
     queue_threshold: Annotated[float, Meta(ge=0.05, le=20)] | None = None
     """Seconds once read."""
+    budget_usd: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+    dedupe: bool = False
 
 
 class Retry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -149,7 +151,7 @@ _KEY_ITSELF = re.compile(r"(?=.*\d)(?=.*[a-z])\w{24,}", re.ASCII)
 """What nobody calls a variable: a service's key, some of which are words."""
 
 _LATER = {
-    "schedule": ("deadline", "budget_usd", "dedupe", "wait"),
+    "schedule": ("deadline", "wait"),
     "": ("sweep",),
 }
 _LATER_VALUES = {

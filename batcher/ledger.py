@@ -21,7 +21,7 @@ import msgspec
 
 from batcher.errors import OutputInUseError, StorageError
 from batcher.killpoint import killpoint
-from batcher.records import Attempt, Former, Kind, Note, Outcome, PartRecord, Reparse, Retried, Second
+from batcher.records import Attempt, Former, Kind, Note, Outcome, PartRecord, Reparse, Retried, Second, Spending
 
 FORMAT = 1
 GATHER = 0.008
@@ -67,7 +67,19 @@ CREATE TABLE IF NOT EXISTS again (
     billed_prompt_tokens INTEGER, billed_completion_tokens INTEGER, cost_usd REAL,
     PRIMARY KEY (unit, row)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS spending (one INTEGER PRIMARY KEY CHECK (one = 1), usd REAL NOT NULL, lost REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS leases (
+    unit INTEGER NOT NULL, row INTEGER NOT NULL, attempt INTEGER NOT NULL, usd REAL NOT NULL,
+    PRIMARY KEY (unit, row, attempt)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS leaders (
+    unit INTEGER NOT NULL, hash BLOB NOT NULL, retry INTEGER NOT NULL, row INTEGER NOT NULL, record BLOB,
+    UNIQUE (unit, hash)
+);
+CREATE INDEX IF NOT EXISTS leaders_by_row ON leaders (unit, row);
 """
+_ASKED_IN = "(SELECT coalesce(max(number), 0) FROM retries WHERE finished_at IS NULL)"
+"""The retry that is under way, 0 where it is a run."""
 _FOLDS = ((3600, 60), (86400, 3600))
 """What lies back further than this many seconds is kept in spans of so many: an hour of seconds, a day of minutes."""
 _PAGES = ("page_size", "page_count", "freelist_count")
@@ -115,6 +127,10 @@ class Ledger:
         self._writer: ThreadPoolExecutor | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped = threading.Event()
+        self._leases: list[tuple[int, int, int, float]] = []
+        self._leased: asyncio.Future[bool] | None = None
+        self._leasing = False
+        """Whether what attempts have cost is counted."""
         refuse_network_file_system(path.parent)
         version = self._format() if path.exists() else None
         if version is not None and version > FORMAT:
@@ -311,6 +327,84 @@ class Ledger:
             db.execute("DELETE FROM meta WHERE key = ?", (REPARSE,))
             db.execute("COMMIT")
 
+    # Rows that make the same request
+
+    def lead(
+        self,
+        unit: int,
+        asked: Sequence[tuple[bytes, int, bool]],
+        under_way: Callable[[int], bool],
+        tell: Callable[[Sequence[int | Attempt | None]], None],
+    ) -> None:
+        """Find out, by the hashes of requests, which rows lead their twins, and note them.
+
+        `asked` are hash, row, and whether the row was tried before, so that it is asked whoever leads. `tell` is called
+        on the event loop, in the order in which attempts are told durable: for each row with None where it is to be
+        asked, with the row that it waits for, or with what that row has come to. A leader that is neither done nor
+        `under_way` leads no more. Nothing is told where the disk refuses.
+        """
+        found: list[int | Attempt | None] = []
+
+        def write(db: sqlite3.Connection) -> None:
+            found[:] = _led(db, unit, asked, under_way)
+
+        done: Future[None] = Future()
+        done.add_done_callback(lambda write: None if write.exception() else self._tell(tell, found))
+        self._put(_Write(write, done))
+
+    # What may be spent
+
+    def take_up_spending(self, before: float) -> Spending:
+        """What was spent, or may have been; from now on it is counted. A lease that is still open is spent in full.
+
+        `before` is what runs have spent while nobody counted: it is asked for once.
+        """
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("INSERT OR IGNORE INTO spending VALUES (1, ?, 0.0)", (before,))
+            (open_,) = db.execute("SELECT total(usd) FROM leases").fetchone()
+            db.execute("UPDATE spending SET usd = usd + ?, lost = lost + ?", (open_, open_))
+            db.execute("DELETE FROM leases")
+            db.execute("COMMIT")
+            spent = spending_of(db)
+        assert spent is not None
+        self._leasing = True
+        return spent
+
+    def spending(self) -> Spending | None:
+        """What was spent, or may have been, open leases included; None where nobody has counted."""
+        with self._open() as db:
+            return spending_of(db)
+
+    def spent_uncounted(self) -> float | None:
+        """What all runs have spent by their timeline; None where a price was not known."""
+        with self._open() as db:
+            return added_up(0, list(timeline_of(db))).cost_usd
+
+    def lease(self, unit: int, row: int, attempt: int, usd: float) -> "asyncio.Future[bool]":
+        """Queue what an attempt may cost at most; the future tells whether that is durable, or never will be.
+
+        What was leased is settled by the transaction that records the attempt.
+        """
+        assert self._loop is not None
+        if self._leased is None:
+            self._leased = self._loop.create_future()
+            self._loop.call_soon(self._hand_over_leases)  # with those that others ask for in this turn of the loop
+        self._leases.append((unit, row, attempt, usd))
+        return self._leased
+
+    def _hand_over_leases(self) -> None:
+        leases, leased = self._leases, self._leased
+        self._leases, self._leased = [], None
+
+        def tell(durable: bool) -> None:
+            if leased is not None and not leased.done():
+                leased.set_result(durable)
+
+        done: Future[None] = Future()
+        done.add_done_callback(lambda write: self._tell(tell, write.exception() is None))
+        self._put(_Write(lambda db: _put_leases(db, leases), done))
+
     # Writing
 
     def start(
@@ -376,6 +470,12 @@ class Ledger:
                     "UPDATE retries SET answered = answered + (SELECT count(*) FROM attempts"
                     " WHERE unit = ? AND row >= ? AND row < ? AND outcome = ?) WHERE finished_at IS NULL",
                     (*range_of, Outcome.ANSWERED),
+                )
+                db.execute(  # rows of other ranges may make the same requests
+                    "UPDATE leaders SET record = coalesce((SELECT record FROM attempts WHERE unit = leaders.unit"
+                    " AND row = leaders.row AND outcome IN (?, ?)), record)"
+                    f" WHERE unit = ? AND row >= ? AND row < ? AND retry = {_ASKED_IN}",
+                    (Outcome.ANSWERED, Outcome.FAILED, *range_of),
                 )
                 for table in ("attempts", "again"):
                     db.execute(f"DELETE FROM {table} WHERE unit = ? AND row >= ? AND row < ?", range_of)
@@ -486,6 +586,8 @@ class Ledger:
                 for item in work:
                     if isinstance(item, _Batch):
                         _put_attempts(db, item.attempts)
+                        if self._leasing:
+                            _settle(db, item.attempts)
                     else:
                         item.write(db)
                 killpoint("commit.inside")
@@ -573,6 +675,17 @@ def reparse_of(ledger: sqlite3.Connection) -> Reparse | None:
     return msgspec.json.decode(found[0], type=Reparse) if found else None
 
 
+def spending_of(ledger: sqlite3.Connection) -> Spending | None:
+    """What was spent, or may have been, open leases included; None where nobody has counted."""
+    try:
+        found = ledger.execute(
+            "SELECT usd + (SELECT total(usd) FROM leases), lost + (SELECT total(usd) FROM leases) FROM spending"
+        ).fetchone()
+    except sqlite3.OperationalError:
+        return None  # a ledger that was only just made
+    return Spending(*found) if found else None
+
+
 def timeline_of(ledger: sqlite3.Connection, since: int = 0) -> Iterator[Second]:
     """The lines of the timeline from this second of UTC on, in the order in which they happened."""
     with suppress(sqlite3.OperationalError):  # a ledger that was only just made
@@ -628,6 +741,59 @@ def _put_attempts(db: sqlite3.Connection, attempts: Sequence[Attempt]) -> None:
         "INSERT OR REPLACE INTO attempts VALUES (?, ?, ?, ?, ?, ?)",
         [(a.unit, a.row, a.attempt, a.outcome, a.kind, _encode_attempt(a)) for a in attempts],
     )
+
+
+def _led(
+    db: sqlite3.Connection, unit: int, asked: Sequence[tuple[bytes, int, bool]], under_way: Callable[[int], bool]
+) -> Iterator[int | Attempt | None]:
+    """Of each row who leads it: nobody, a row that is under way, or one that has come to something."""
+    (retry,) = db.execute(f"SELECT {_ASKED_IN}").fetchone()
+    outcomes: dict[int, Attempt] = {}
+    for digest, row, tried in asked:
+        known = db.execute(
+            "SELECT row, record FROM leaders WHERE unit = ? AND hash = ? AND retry >= ?", (unit, digest, retry)
+        ).fetchone()
+        if known is not None and known[0] != row:
+            leader, record = known
+            outcome = outcomes.get(leader) or _come_to(db, unit, leader, record)
+            if outcome is not None:
+                outcomes[leader] = outcome
+            if outcome is not None or under_way(leader):
+                yield None if tried else outcome or leader
+                continue
+        elif known is not None:
+            yield None
+            continue
+        db.execute("INSERT OR REPLACE INTO leaders VALUES (?, ?, ?, ?, NULL)", (unit, digest, retry, row))
+        yield None
+
+
+def _come_to(db: sqlite3.Connection, unit: int, row: int, record: bytes | None) -> Attempt | None:
+    """What a row has come to: as its part was published, or since."""
+    if record is None:
+        found = db.execute(
+            "SELECT record FROM attempts WHERE unit = ? AND row = ? AND outcome IN (?, ?)",
+            (unit, row, Outcome.ANSWERED, Outcome.FAILED),
+        ).fetchone()
+        record = found[0] if found else None
+    return None if record is None else _decode_attempt(record)
+
+
+def _put_leases(db: sqlite3.Connection, leases: Sequence[tuple[int, int, int, float]]) -> None:
+    db.executemany("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?)", leases)
+
+
+def _settle(db: sqlite3.Connection, attempts: Sequence[Attempt]) -> None:
+    """Turn the leases of these attempts into what they have cost; one that was settled before has none any more."""
+    usd = lost = 0.0
+    for attempt in attempts:
+        key = (attempt.unit, attempt.row, attempt.attempt)
+        settled = db.execute("DELETE FROM leases WHERE unit = ? AND row = ? AND attempt = ? RETURNING usd", key)
+        found = settled.fetchone()
+        if found is not None:
+            usd += found[0] if attempt.spent is None else attempt.spent
+            lost += found[0] if attempt.spent is None else 0.0
+    db.execute("UPDATE spending SET usd = usd + ?, lost = lost + ?", (usd, lost))
 
 
 def _put_part(db: sqlite3.Connection, unit: int, part: int, record: PartRecord) -> None:

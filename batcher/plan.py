@@ -10,6 +10,7 @@ from batcher import bits
 from batcher.dialects import PRICES_AS_OF
 from batcher.engine import (
     LOOKED_AT,
+    UNBOUNDED,
     Prepared,
     Selection,
     first_rows,
@@ -21,9 +22,9 @@ from batcher.engine import (
     unscored,
 )
 from batcher.job import SIMULATOR, Job, Schedule, differences
-from batcher.ledger import done_rows, open_read_only, parts_of
+from batcher.ledger import added_up, done_rows, open_read_only, parts_of, spending_of, timeline_of
 from batcher.payload import pack
-from batcher.records import PATHS, UNIT, Failure, Request, Row
+from batcher.records import PATHS, UNIT, Failure, Kind, Request, Row
 from batcher.report import count, duration, money, printable
 from batcher.source import FileIdentity, changed
 
@@ -64,6 +65,12 @@ class Plan:
     """None until the service has answered."""
     binds: str
     """What the time is bound by."""
+    budget: float | None
+    """USD that all runs may spend; None where the job has no budget."""
+    spent: float
+    """USD that earlier runs have spent."""
+    twins: int | None
+    """Rows of the sample that make the same request as one before them, and share its answer; None where each row is asked."""
     output: str
     schema: str | None
     """What is to be known of how the schema is sent."""
@@ -77,7 +84,7 @@ def plan(job: Job) -> Plan:
     selection = select(prepared, lambda: False)
     assert selection is not None
     rows = selection.size
-    done, refusal = _earlier(prepared, selection)
+    done, spent, refusal = _earlier(prepared, selection)
     looked = first_rows(prepared, selection, LOOKED_AT)
     sample = list(_composed(prepared, looked))
     refuse_unserved(prepared, looked)
@@ -112,6 +119,9 @@ def plan(job: Job) -> Plan:
         prices="prices of the job" if models <= job.service.prices.keys() else f"list prices of {PRICES_AS_OF}",
         seconds=seconds,
         binds=binds,
+        budget=job.schedule.budget_usd,
+        spent=spent,
+        twins=_twins(requests) if job.schedule.dedupe else None,
         output=str(job.results),
         schema=prepared.schema_note,
         refusal=refusal,
@@ -146,6 +156,7 @@ def render(plan: Plan) -> str:
         ("prompts", f"about {count(plan.prompt_tokens)} tokens, estimated from {sample}"),
         ("answers", f"{output} tokens" if plan.output_tokens is not None else output),
         ("cost", cost),
+        *([("budget", _reach(plan))] if plan.budget is not None else []),
         ("time", f"{time}, {plan.binds}" if plan.binds else time),
         ("output", plan.output),
     ]
@@ -157,6 +168,8 @@ def render(plan: Plan) -> str:
         position, why = plan.unscored[0]
         share = f"{count(len(plan.unscored))} of {sample} have no target, the first is row {position}: {why}"
         lines.append(("score", share))
+    if plan.twins is not None:
+        lines.append(("dedupe", f"{count(plan.twins)} of {sample} make the request of a row before them: asked once"))
     if plan.schema:
         lines.append(("schema", plan.schema))
     if plan.refusal:
@@ -164,11 +177,34 @@ def render(plan: Plan) -> str:
     return "\n".join([*request, "", *(printable(f"{name:<11}{text}") for name, text in lines)])
 
 
+def _reach(plan: Plan) -> str:
+    """How far the budget goes."""
+    assert plan.budget is not None
+    said, rest = money(plan.budget), max(0.0, plan.budget - plan.spent)
+    if plan.spent:
+        said += f", {money(plan.spent)} of it spent by earlier runs"
+    if plan.prompt_cost is None or plan.output_cost is None:
+        return said
+    most, left = plan.prompt_cost + plan.output_cost, plan.rows - plan.done
+    if most <= rest:
+        return f"{said}; it reaches for all rows"
+    reached = count(int(left * rest / most))
+    return f"{said}; it reaches for about {reached} of {count(left)} rows if answers are as long as they may be"
+
+
+def _twins(requests: Sequence[Request]) -> int:
+    """How many requests are the same as one before them, and are meant to have the same answer."""
+    hashes = [request.hash for request in requests if request.repeatable]
+    return len(hashes) - len(set(hashes))
+
+
 def _composed(prepared: Prepared, rows: Sequence[Row]) -> Iterator[Request | Failure]:
     """What becomes of the rows; only the first request keeps its body, for with images these are large."""
     first = True
     for row in rows:
         made = prepared.composer.compose(row)
+        if prepared.job.schedule.budget_usd is not None and isinstance(made, Request) and prepared.most(made) is None:
+            made = Failure(Kind.UNSENDABLE, UNBOUNDED)
         if isinstance(made, Request):
             yield made if first else msgspec.structs.replace(made, body=b"")
             first = False
@@ -190,12 +226,12 @@ def _headers(prepared: Prepared, body: bytes) -> dict[str, str]:
     return shown
 
 
-def _earlier(prepared: Prepared, selection: Selection) -> tuple[int, str | None]:
-    """How many of the selected rows an earlier run has done, and why it cannot be gone on with."""
+def _earlier(prepared: Prepared, selection: Selection) -> tuple[int, float, str | None]:
+    """How many of the selected rows earlier runs have done, what they spent, and why it cannot be gone on with."""
     job = prepared.job
     refusal = not_ours(job)
     if refusal or not job.ledger_path.exists():
-        return 0, refusal
+        return 0, 0.0, refusal
     with open_read_only(job.ledger_path) as ledger:
         size = job.output.rows_per_part
         done = 0
@@ -205,16 +241,18 @@ def _earlier(prepared: Prepared, selection: Selection) -> tuple[int, str | None]
             ended = record.done(start) | bits.of(done_rows(ledger, UNIT, start, stop), start)
             done += (ended & selection.part(start, stop)).bit_count()
         known = dict(ledger.execute("SELECT key, value FROM meta"))
+        counted = spending_of(ledger)
+        spent = counted.usd if counted else added_up(0, list(timeline_of(ledger))).cost_usd or 0.0
     begun = msgspec.json.decode(known.get("meaning", b"{}"))
     meaning = msgspec.json.decode(msgspec.json.encode(job.meaning()))
     if begun and (different := list(differences(begun, meaning))):
-        return done, f"{job.results} was begun with another job: {'; '.join(different)}"
+        return done, spent, f"{job.results} was begun with another job: {'; '.join(different)}"
     if begun and (scored := scored_otherwise(job, known.get("scoring"), parts.values())):
-        return done, scored
+        return done, spent, scored
     files = msgspec.json.decode(known.get("input", b"[]"), type=list[FileIdentity])
     if difference := changed(files, prepared.source.identities):
-        return done, f"the input has changed since the run began: {difference}"
-    return done, None
+        return done, spent, f"the input has changed since the run began: {difference}"
+    return done, spent, None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -410,6 +410,7 @@ class _Known(NamedTuple):
     cache_key: str | None
     tier: str | None
     stream: bool
+    repeatable: bool
 
 
 def _known(endpoint: str, given: Mapping[str, Any]) -> _Known:
@@ -422,6 +423,7 @@ def _known(endpoint: str, given: Mapping[str, Any]) -> _Known:
         given.get("prompt_cache_key"),
         given.get("service_tier"),
         given.get("stream") is True,
+        given.get("temperature") == 0 or given.get("seed") is not None,
     )
 
 
@@ -441,6 +443,7 @@ def _request(row: Row, unit: int, endpoint: str, known: _Known, body: bytes, sai
         endpoint=endpoint,
         tier=known.tier,
         stream=known.stream,
+        repeatable=known.repeatable,
     )
 
 

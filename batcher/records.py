@@ -96,6 +96,8 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     """The service tier that is asked for; None where the job names none."""
     stream: bool = False
     """Whether the answer comes as a stream of events."""
+    repeatable: bool = False
+    """Whether the same request is meant to have the same answer: at temperature 0, or with a seed."""
 
 
 class Turn(msgspec.Struct, gc=False):
@@ -257,8 +259,8 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
 class Attempt(msgspec.Struct, array_like=True, gc=False):
     """One request that was sent and what came of it: the line of the ledger.
 
-    `body` is the raw answer. `outcome` is None until it was decided. `attempt` counts from 1; a row that never
-    became a request has the one attempt 0.
+    `body` is the raw answer. `outcome` is None until it was decided. `attempt` counts from 1; a row for which nothing
+    was sent has the one attempt 0: it never became a request, or it shares what came of another row's.
     """
 
     unit: int
@@ -285,6 +287,8 @@ class Attempt(msgspec.Struct, array_like=True, gc=False):
     retry_after: float | None = None
     paid: bool = False
     tier: str | None = None
+    spent: float | None = None
+    """USD that the budget is charged for it; None for all that was leased."""
 
 
 class Rates(msgspec.Struct, frozen=True):
@@ -335,6 +339,14 @@ class Totals(msgspec.Struct, kw_only=True):
                     mine[key] = mine.get(key, 0) + count
             elif theirs is not None:
                 setattr(self, name, theirs if mine is None else mine + theirs)
+
+
+class Spending(msgspec.Struct, frozen=True):
+    """USD that all runs of an output have spent, or may have: the budget's side of it."""
+
+    usd: float
+    lost: float
+    """Of it, the most that requests can have cost of which nobody knows what they did: timed out, or cut off."""
 
 
 class Former(NamedTuple):
@@ -436,6 +448,9 @@ class Snapshot(NamedTuple):
     seconds: float
     phase: str
     """starting, running, draining, publishing; at the end the summary's state."""
+    budget_usd: float | None = None
+    """What all runs of the output may spend, and have spent; both None where the job has no budget."""
+    spent_usd: float | None = None
 
 
 class Second(msgspec.Struct, kw_only=True):
@@ -511,6 +526,9 @@ class Summary(msgspec.Struct, kw_only=True):
     """The HTTP library: aiohttp or reqwest."""
     version: str
     retries: tuple[Retried, ...] = ()
+    budget_usd: float | None = None
+    """None where the job has no budget, as `spent`."""
+    spent: Spending | None = None
 
 
 class Status(msgspec.Struct, kw_only=True):
@@ -549,6 +567,9 @@ class Status(msgspec.Struct, kw_only=True):
     """Billed, or maybe billed, by all runs, as `completion_tokens` and `cost_usd`."""
     completion_tokens: int = 0
     cost_usd: float | None = 0.0
+    budget_usd: float | None = None
+    """None where the last run had no budget, as `spent`."""
+    spent: Spending | None = None
     parts: int = 0
     complete_parts: int = 0
     ledger_bytes: int = 0

@@ -561,6 +561,8 @@ class Sink:
         self, attempt: Attempt, told: Usage | None, tier: str | None
     ) -> tuple[int | None, int | None, float | None]:
         """Prompt and completion tokens of an attempt that are or may be on the bill, and what they cost."""
+        if not attempt.attempt:
+            return 0, 0, 0.0  # nothing was sent for this row
         if told is not None:
             prompt, completion = told.prompt_tokens, told.completion_tokens
         elif attempt.paid:

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from batcher.errors import JobError, StorageError
-from batcher.ledger import added_up, done_by_part, held, note_of, open_read_only, parts_of, timeline_of
+from batcher.ledger import added_up, done_by_part, held, note_of, open_read_only, parts_of, spending_of, timeline_of
 from batcher.records import UNIT, Note, PartRecord, Second, Status, Totals
 from batcher.store import results_at
 from batcher.verify import lock_of, settings
@@ -84,6 +84,8 @@ def _read(output: str, size: int, ledger: sqlite3.Connection, busy: bool) -> Sta
         found.cost_usd = spent.cost_usd
     if note is not None:
         _tell(found, note, ledger)
+        found.budget_usd = note.snapshot.budget_usd
+        found.spent = None if found.budget_usd is None else spending_of(ledger)
     if found.total is not None:
         if found.state not in LIVE:  # what a retry says of itself is about the rows that it asks
             found.total = max(found.total, totals.rows)

@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 import batcher
 from batcher import dialects, engine, killpoint
 from batcher.errors import BatcherError, InterruptedRunError, PausedError, ServiceError
+from batcher.ledger import open_read_only, spending_of
 from batcher.records import Failure, Kind, Reply, Request, Summary
 from batcher.retry import MAX_REQUEUES, RULES
 from batcher.simulator import Entry, Fault, Front, ModelTransport, Settings, VirtualLoop
@@ -103,6 +104,8 @@ class World:
     weather: list[Spell] = field(default_factory=list)
     endings: list[Ending] = field(default_factory=list)
     slow_disk: float = 0.0
+    twins: dict[int, int] = field(default_factory=dict)
+    """Rows that have the text of an earlier one, and of which."""
     # What happened
     clock: Callable[[], float] = field(default=lambda: 0.0)
     now: float = 0.0
@@ -149,6 +152,12 @@ class World:
             if entry.prompt:
                 rows[stories.row_of(entry)].append(entry)
         return rows
+
+    @property
+    def billed(self) -> float:
+        """USD that the service has on its bill: it bills what it answered, whoever heard of it."""
+        book = self.front.book
+        return math.fsum(0.35e-6 * entry.prompt_tokens + 0.75e-6 * entry.completion_tokens for entry in book)
 
     @cached_property
     def tables(self) -> dict[str, list[dict[str, Any]]]:
@@ -347,9 +356,30 @@ def account(world: World) -> None:
         settings["drift"] = {"": ((draw.uniform(0, 10), 1.0), (draw.uniform(11, 60), draw.choice([0.2, 2.0])))}
 
 
+def twins(world: World) -> None:
+    """Rows that make the request of an earlier row, and share its answer."""
+    draw, request = world.draw, world.sections["request"]
+    if draw.random() < 0.75:
+        return
+    request["temperature"] = 0
+    world.sections["schedule"]["dedupe"] = True
+    for row, given in enumerate(world.rows):
+        earlier = draw.randrange(row) if row and draw.random() < 0.5 else row
+        if earlier != row and isinstance(given, dict) and row not in world.never and earlier not in world.never:
+            world.twins[row] = world.twins.get(earlier, earlier)
+            given["text"] = stories.prompt(world.twins[row])
+
+
+def money(world: World) -> None:
+    """A budget that may be too small, and is raised then."""
+    if world.draw.random() < 0.25:
+        dearest = 0.0006 if "response_format" not in world.sections["request"] else 0.002
+        world.sections["schedule"]["budget_usd"] = dearest + len(world.rows) * 10 ** world.draw.uniform(-5, -3.5)
+
+
 SHAPES: tuple[Callable[[World], None], ...] = (
     *(sizes, columns, rows_that_cannot, schema, completions, limits, retries, faults, growth, weather, endings),
-    *(some_rows, account),
+    *(some_rows, account, twins, money),
 )
 """Each changes the world a little; all draw from the one seed, so a new one belongs at the end."""
 
@@ -483,6 +513,8 @@ class Run:
         match error:
             case InterruptedRunError():
                 return self._signalled
+            case PausedError() if str(error).startswith("the budget is reached"):
+                return "budget_usd" in world.sections["schedule"]
             case PausedError():
                 return bool(spells - {"key"}) or bool({"html", "402"} & set(world.faults))
             case ServiceError():
@@ -512,6 +544,9 @@ def live(world: World) -> None:
             killpoint.watchers.remove(one.visit)
         last = world.lives[-1]
         check_whatever_ended(world)
+        if isinstance(last.ended, PausedError) and str(last.ended).startswith("the budget is reached"):
+            world.sections["schedule"]["budget_usd"] *= world.draw.uniform(1.5, 4)
+            write_job(world, world.stages[stage][1])
         gap = (-2, 1) if last.ended == "killed" or isinstance(last.ended, Summary) else (0, 3)
         world.now = last.stop + 10 ** world.draw.uniform(*gap)
         if isinstance(last.ended, Summary) and stage + 1 == len(world.stages):
@@ -581,6 +616,17 @@ def check_whatever_ended(world: World) -> None:
     """O7, after each run: a recount finds nothing wrong, however the run ended."""
     if (world.output / "job.toml").exists() and (world.output / "ledger.sqlite").exists():
         assert not (found := verify(world.output)).problems, f"O7: after {world.lives[-1].ended}: {found.problems}"
+    check_budget(world)
+
+
+def check_budget(world: World) -> None:
+    """O12, after each run: the service has billed no more than is noted as spent, and that is within the budget."""
+    budget = world.sections["schedule"].get("budget_usd")
+    if budget is not None and (world.output / "ledger.sqlite").exists():
+        with open_read_only(world.output / "ledger.sqlite") as ledger:
+            spent = spending_of(ledger)
+        noted = spent.usd if spent else 0.0
+        assert world.billed <= noted + 1e-12 <= budget + 2e-12, f"O12: {world.billed} of {noted} of {budget}"
 
 
 def every_row_once(world: World) -> None:
@@ -602,7 +648,7 @@ def answers_are_the_rows_own(world: World) -> None:
         row = stored["row"]
         given = {
             (stories.storable(entry.content or ""), entry.prompt_tokens, entry.completion_tokens)
-            for entry in world.book[row]
+            for entry in world.book[world.twins.get(row, row)]
             if stories.good(entry) or world.fits(entry)
         }
         answer = (stored["response"], stored["prompt_tokens"], stored["completion_tokens"])
@@ -631,6 +677,23 @@ def nothing_is_asked_again(world: World) -> None:
                 lost = any(entry.answered_at <= kill < later.arrived for kill in world.kills)
                 lost = lost and any(kill - SOON < entry.answered_at <= kill for kill in world.kills)
                 assert lost, f"O4: row {row} was answered at {entry.answered_at} and asked again at {later.arrived}"
+
+
+def twins_are_asked_once(world: World) -> None:
+    """O13: of rows that make the same request one is asked, and all have its outcome; the others cost nothing."""
+    alike: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in (*world.tables["responses"], *world.tables["failures"]) if world.twins else ():
+        if row["request_hash"] is not None:
+            alike[world.twins.get(row["row"], row["row"])].append(row)
+    for rows in alike.values():
+        asked = [row for row in rows if row["attempts"]]
+        assert len(asked) == 1, f"O13: rows {[row['row'] for row in asked]} make one request"
+        for row in rows:
+            same = ("response", "kind", "message", "completion_tokens", "latency", "request_hash")
+            assert [row.get(name) for name in same] == [asked[0].get(name) for name in same], f"O13: row {row['row']}"
+            if row is not asked[0]:
+                paid = [row[name] for name in ("billed_prompt_tokens", "billed_completion_tokens", "cost_usd")]
+                assert paid == [0, 0, 0.0], f"O13: row {row['row']} cost {paid}"
 
 
 def no_more_than_allowed(world: World) -> None:
@@ -722,7 +785,7 @@ def nothing_is_left(world: World) -> None:
 
 CHECKS: tuple[Callable[[World], None], ...] = (
     *(every_row_once, answers_are_the_rows_own, nothing_is_asked_again, no_more_than_allowed, the_key_is_nowhere),
-    *(sums_are_equal, failures_have_reasons, nothing_unexpected, nothing_is_left),
+    *(sums_are_equal, failures_have_reasons, nothing_unexpected, nothing_is_left, twins_are_asked_once),
 )
 
 

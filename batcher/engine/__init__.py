@@ -1,7 +1,7 @@
 """The engine joins the rooms: `attempt` is a row's life, `feed` brings rows, `publish` takes them, `run` is around."""
 
 from batcher.engine.again import reopened, retry
-from batcher.engine.prepared import Prepared, not_ours, prepare, scored_otherwise
+from batcher.engine.prepared import UNBOUNDED, Prepared, not_ours, prepare, scored_otherwise
 from batcher.engine.reparse import reparse
 from batcher.engine.run import RARELY, run
 from batcher.engine.selection import LOOKED_AT, Selection, first_rows, refuse_unserved, select, unscored
@@ -9,6 +9,7 @@ from batcher.engine.selection import LOOKED_AT, Selection, first_rows, refuse_un
 __all__ = [
     "LOOKED_AT",
     "RARELY",
+    "UNBOUNDED",
     "Prepared",
     "Selection",
     "first_rows",

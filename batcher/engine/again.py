@@ -48,15 +48,19 @@ def reopened(output: str | Path, where: str | None, settings: Sequence[str]) -> 
             raise JobError(refusal)
         retries = ledger.retries()
         begun = retries[-1] if retries and retries[-1].finished_at is None else None
+        anew: tuple[str, ...] = ()
         if begun is not None:
-            asked = (where, tuple(settings))
-            if asked not in ((None, ()), (begun.where, begun.settings)):
+            # How its rows are asked may change on the way, and has to where its budget is reached.
+            anew = tuple(setting for setting in settings if setting.strip().startswith("schedule."))
+            others = tuple(setting for setting in settings if setting not in anew)
+            known = tuple(setting for setting in begun.settings if not setting.strip().startswith("schedule."))
+            if (where, others) not in ((None, ()), (begun.where, known)):
                 raise JobError(
                     f"a retry of {begun.rows:,} rows with other options is under way: batcher retry {output} goes on"
                     " with it;\nwith --abandon it leaves the rest as it is"
                 )
             where, settings = begun.where, begun.settings
-        yield Retrial(base, base.changed(settings), ledger, where, tuple(settings), begun is not None)
+        yield Retrial(base, base.changed((*settings, *anew)), ledger, where, tuple(settings), begun is not None)
 
 
 async def retry(

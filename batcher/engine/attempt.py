@@ -15,7 +15,7 @@ from batcher.parse import Parser
 from batcher.prompt import repaired
 from batcher.records import Answer, Attempt, Failure, Kind, Misfit, Outcome, Reply, Request, Timing, Turn
 from batcher.retry import Again, Guard, decide
-from batcher.schedule import Dispatcher, Ticket
+from batcher.schedule import Budget, Dispatcher, Ticket
 from batcher.transport import Transport
 
 BACKLOG_BYTES = 64 << 20
@@ -36,8 +36,10 @@ class Attempts:
         ledger: Ledger,
         guard: Guard,
         counts: Counts,
+        budget: Budget | None,
         end: Callable[[BatcherError], None],
     ) -> None:
+        self._budget = budget
         self._prepared = prepared
         self._transport = transport
         self._dispatcher = dispatcher
@@ -65,6 +67,8 @@ class Attempts:
 
     async def attempt(self, ticket: Ticket) -> None:
         """Send one request, keep what came of it, decide. The turn is given back when the disk has it."""
+        if self._budget is not None and not await self._leased(ticket, self._budget):
+            return  # the disk takes nothing more, which ends the run
         try:
             result = await self._transport.send(ticket.turn.request)
         except asyncio.CancelledError:
@@ -124,9 +128,13 @@ class Attempts:
         prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
         cached, tier = usage.cached_tokens or 0, answer.tier(attempt.tier)
         price = self._prepared.price(attempt.model, prompt, cached, completion, tier)
+        if usage.prompt_tokens is not None and usage.completion_tokens is not None:
+            attempt.spent = price
         self._counts.answered(prompt, completion, price)
 
     def _failed(self, ticket: Ticket, attempt: Attempt, failure: Failure) -> None:
+        if _is_free(attempt, failure):
+            attempt.spent = 0.0
         _explain(attempt, failure)
         self._count_failed(attempt, failure)
         now = self._now()
@@ -165,6 +173,11 @@ class Attempts:
         self._count_failed(attempt, failure)
         self._ledger.record(attempt)
 
+    async def _leased(self, ticket: Ticket, budget: Budget) -> bool:
+        """Have what the request may cost noted on the disk before it goes; false where the disk refuses."""
+        turn = ticket.turn
+        return await self._ledger.lease(turn.request.unit, turn.request.row, turn.attempt, budget.leased(turn))
+
     def _count_failed(self, attempt: Attempt, failure: Failure) -> None:
         self._counts.failed(failure, attempt.sent_at)
         used = failure.usage
@@ -176,6 +189,8 @@ class Attempts:
             return
         if prompt is not None and completion is not None:
             price = self._prepared.price(attempt.model, prompt, cached, completion, attempt.tier)
+            if used is not None:
+                attempt.spent = price
             self._counts.paid(prompt, completion, price)
 
     def _heed_headers(self, ticket: Ticket, result: Reply | Failure) -> None:
@@ -206,6 +221,19 @@ def repair(prepared: Prepared, plain: Request, attempt: Attempt) -> Request:
     answer = prepared.access.dialect.read(reply(attempt))
     text = answer.choices[0].text if isinstance(answer, Answer) else None
     return plain if text is None else repaired(plain, text, attempt.message or "")
+
+
+_NEVER_GOT_THERE = {Kind.DNS, Kind.CONNECTION, Kind.CONNECT_TIMEOUT, Kind.TLS, Kind.CERTIFICATE, Kind.PROXY}
+_NEVER_SENT = {Kind.LOCAL_RESOURCES, Kind.UNSENDABLE}
+_GAVE_UP = {408, 499, 504, 524}
+"""Statuses of who has stopped waiting: behind them the answer may have been made."""
+
+
+def _is_free(attempt: Attempt, failure: Failure) -> bool:
+    """Whether a failed attempt can have cost nothing, for a budget: whatever may have been answered may be billed."""
+    if attempt.status is None:
+        return failure.kind in _NEVER_GOT_THERE | _NEVER_SENT
+    return attempt.status >= 300 and attempt.status not in _GAVE_UP and not failure.paid
 
 
 def _explain(attempt: Attempt, failure: Failure) -> None:

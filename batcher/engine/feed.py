@@ -10,11 +10,12 @@ from batcher import bits
 from batcher.engine import selection
 from batcher.engine.attempt import repair
 from batcher.engine.counts import Counts
-from batcher.engine.prepared import Prepared
+from batcher.engine.prepared import UNBOUNDED, Prepared
 from batcher.engine.publish import Press, Range
 from batcher.engine.selection import LOOKED_AT, Selection, is_selective
 from batcher.engine.threads import abandonable, aside
 from batcher.engine.turns import Turns
+from batcher.engine.twins import Twins
 from batcher.errors import StorageError
 from batcher.ledger import Ledger, Progress
 from batcher.prompt import Composer
@@ -37,7 +38,9 @@ class Feed:
         dispatcher: Dispatcher,
         turns: Turns,
         counts: Counts,
+        twins: Twins | None,
     ) -> None:
+        self._twins = twins
         self._prepared = prepared
         self._source = prepared.source
         self._ledger = ledger
@@ -48,6 +51,7 @@ class Feed:
         self._now = asyncio.get_running_loop().time
         self._size = prepared.job.output.rows_per_part
         self._limit = prepared.job.input.limit
+        self._budgeted = prepared.job.schedule.budget_usd is not None
         self._selection: Selection | None = None
         self._beyond = 0
         self.ended = False
@@ -257,7 +261,8 @@ class Feed:
             made = await aside(_composed, composer, some) if composer.reads_files else _composed(composer, some)
             pairs = zip(some, made, strict=True)
             turns = [turn for row, request in pairs if (turn := self._turn(row, request, tried, unfit)) is not None]
-            self._dispatcher.offer(turns)
+            led = turns if self._twins is None else await self._twins.leading(turns)
+            self._dispatcher.offer(led)
             self._turns.wake()
             await self._turns.hungry(sum([len(turn.request.body) for turn in turns]) // max(1, len(turns)))
             if self._turns.closed:
@@ -275,6 +280,8 @@ class Feed:
 
         Of an answer in `unfit` the model is told why it does not fit.
         """
+        if self._budgeted and isinstance(request, Request) and self._prepared.most(request) is None:
+            request = Failure(Kind.UNSENDABLE, UNBOUNDED)
         if isinstance(request, Failure):
             self._ledger.record(_never_sent(row.position, request))
             return None

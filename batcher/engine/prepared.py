@@ -16,9 +16,10 @@ from batcher.dialects.prices import cost
 from batcher.errors import JobError
 from batcher.job import READING, Job, RequestTemplate, differences
 from batcher.ledger import Ledger, open_read_only
+from batcher.parameters import is_template
 from batcher.parse import AnswerSchema, Choices, Parser, Pattern, format_schema
 from batcher.prompt import Composer
-from batcher.records import UNIT, PartRecord
+from batcher.records import UNIT, PartRecord, Request
 from batcher.redact import redactor
 from batcher.score import Scorer
 from batcher.sink import FILLABLE, Shape
@@ -31,6 +32,11 @@ _SOLE_EXPRESSION = re.compile(r"\{\{((?!\}\}).)*\}\}", re.DOTALL)
 """A text that may be one expression and keep its type: a list of prompts."""
 _OWNER, _NAME = ".ledger", "name"
 """The object that says which ledger's results lie in a store, and what that ledger keeps the same word under."""
+
+_TEMPLATE_TOKENS = 256
+"""What a model's chat template may add to a prompt; between messages it adds less than their JSON has bytes."""
+_IMAGE_TOKENS = 4096
+"""What an image may add to its bytes."""
 
 _UNMISTAKABLE = 16
 """Characters: a shorter secret, such as the word that a local server takes for a key, may stand in a job by chance."""
@@ -61,6 +67,18 @@ class Prepared(NamedTuple):
         known = self.job.service.prices.get(model) or self.access.dialect.prices.get(model)
         return None if known is None else cost(known, prompt, cached, completion, tier)
 
+    def most(self, request: Request) -> float | None:
+        """USD that a request may cost at most, None where price or output cap are not known."""
+        if request.output_tokens <= 0:
+            return None
+        body = request.body
+        # No token is shorter than a byte; an image by its address has more to it than its bytes here.
+        prompt = len(body) + _TEMPLATE_TOKENS + _IMAGE_TOKENS * body.count(b'"image_url"')
+        # Predicted tokens that are rejected are paid beside those of the answer.
+        completion = request.output_tokens + (len(body) if b'"prediction"' in body else 0)
+        prices = [self.price(request.model, prompt, cached, completion, request.tier) for cached in (0, prompt)]
+        return max((price for price in prices if price is not None), default=None)
+
 
 def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prepared:
     """Open and check everything that a run needs. Raises JobError.
@@ -86,10 +104,13 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
             raise JobError(f"{origin}: {section}: no column {name} in the input; its columns are {known}")
     scorer = scorer_of(job, source, parser)
     source.schema(keep)
+    prepared = Prepared(job, source, None, composer, parser, scorer, way, keep, note)
+    _refuse_unbounded(prepared)
+    _refuse_unrepeatable(job)
     condition = None
     if job.input.where is not None:
         condition = Condition(job.input.where, source.schema(source.columns), f"{origin}: input.where")
-    return Prepared(job, source, condition, composer, parser, scorer, way, keep, note)
+    return prepared._replace(condition=condition)
 
 
 def _refuse_secrets(job: Job, secrets: Sequence[str]) -> None:
@@ -101,6 +122,37 @@ def _refuse_secrets(job: Job, secrets: Sequence[str]) -> None:
                 f"{job.origin}: the job, or a file that it names, holds the value of a secret in the environment; "
                 "take it out: the job is written into its output"
             )
+
+
+UNBOUNDED = "what it may cost has no bound, so schedule.budget_usd cannot hold"
+"""Of a request without a known price, or without an output cap."""
+
+
+def _refuse_unbounded(prepared: Prepared) -> None:
+    """A budget is for a job of which it is known what a request may cost; what rows decide is found out row by row."""
+    job = prepared.job
+    asked = job.request.parameters
+    if job.schedule.budget_usd is None or job.request.body is not None:
+        return
+    if not (asked.get("max_completion_tokens") or asked.get("max_tokens")):
+        key = "max_completion_tokens" if job.request.endpoint == "chat" else "max_tokens"
+        raise JobError(f"{job.origin}: schedule.budget_usd: only with request.{key}: without it an answer has no bound")
+    model = asked.get("model")
+    if isinstance(model, str) and not is_template(model) and prepared.price(model, 0, 0, 0, None) is None:
+        raise JobError(f"{job.origin}: schedule.budget_usd: no price of {model} is known; give it in [service] prices")
+
+
+def _refuse_unrepeatable(job: Job) -> None:
+    """Answers are shared where the same request is meant to have the same answer; what rows decide, they decide."""
+    asked = job.request.parameters
+    if not job.schedule.dedupe or job.request.body is not None or asked.get("seed") is not None:
+        return
+    temperature = asked.get("temperature")
+    if not (temperature == 0 or isinstance(temperature, str)):
+        raise JobError(
+            f"{job.origin}: schedule.dedupe: only with request.temperature = 0 or a request.seed: "
+            "else the same request is meant to have different answers"
+        )
 
 
 def source_of(job: Job, table: object) -> Source:

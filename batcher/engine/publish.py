@@ -46,6 +46,10 @@ class Range:
         self.changed = False
         """Whether the ledger knows more than the published part."""
 
+    def asks(self, row: int) -> bool:
+        """Whether a row that is not done yet is asked by this run."""
+        return row in self.again if self.again else bool(self.done >> (row - self.rows.start) & 1)
+
     @property
     def complete(self) -> bool:
         """Whether every row is done and durable."""
@@ -91,6 +95,11 @@ class Press:
     def of(self, row: int) -> Range | None:
         """The open range that a row is in."""
         return self.open.get(row // self._size)
+
+    def asks(self, row: int) -> bool:
+        """Whether a row that is not done yet is asked by this run. May be asked on any thread."""
+        opened = self.of(row)
+        return opened is not None and opened.asks(row)
 
     def publish_if_complete(self, opened: Range) -> None:
         """Have a range published once nothing is left in it."""

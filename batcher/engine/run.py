@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import resource
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +25,14 @@ from batcher.engine.publish import Press
 from batcher.engine.threads import abandonable, aside
 from batcher.engine.timeline import Timeline
 from batcher.engine.turns import Turns
+from batcher.engine.twins import Twins
 from batcher.errors import BatcherError, InterruptedRunError, JobError, PausedError, ServiceError, StorageError
 from batcher.job import Job
 from batcher.ledger import REPARSE, Ledger, Lock, lock_beside
 from batcher.parameters import is_template
 from batcher.records import UNIT, Attempt, Outcome, Snapshot, Summary, Totals
 from batcher.retry import Guard
-from batcher.schedule import Dispatcher, Pace
+from batcher.schedule import Budget, Dispatcher, Pace
 from batcher.sink import Shape
 from batcher.store import Results
 from batcher.transport import HttpTransport, Transport
@@ -90,7 +92,7 @@ async def live(
     prepared: Prepared,
     ledger: Ledger,
     shape: Shape,
-    feed: Callable[[Prepared, Ledger, Press, Dispatcher, Turns, Counts], Feed],
+    feed: Callable[[Prepared, Ledger, Press, Dispatcher, Turns, Counts, Twins | None], Feed],
     transport: Transport | None,
     watch: Callable[[Snapshot], None] | None,
     signals: bool,
@@ -110,7 +112,8 @@ async def live(
     )
     try:
         with _collecting_rarely():
-            return await _Run(prepared, ledger, shape, feed, made, watch).live(signals)
+            budget = await aside(_budget, prepared, ledger)
+            return await _Run(prepared, ledger, shape, feed, made, watch, budget).live(signals)
     finally:
         ledger.close()
         await made.close()
@@ -149,9 +152,10 @@ class _Run:
         prepared: Prepared,
         ledger: Ledger,
         shape: Shape,
-        feed: Callable[[Prepared, Ledger, Press, Dispatcher, Turns, Counts], Feed],
+        feed: Callable[[Prepared, Ledger, Press, Dispatcher, Turns, Counts, Twins | None], Feed],
         transport: Transport,
         watch: Callable[[Snapshot], None] | None,
+        budget: Budget | None,
     ) -> None:
         schedule = prepared.job.schedule
         pace = Pace(
@@ -163,14 +167,16 @@ class _Run:
         self._now = asyncio.get_running_loop().time
         self._started, self._started_at = self._now(), datetime.now(UTC)
         self._prepared, self._ledger, self._transport, self._watcher = prepared, ledger, transport, watch
-        self._dispatcher = Dispatcher(pace, _open_files(), self._now())
+        self._budget = budget
+        self._dispatcher = Dispatcher(pace, _open_files(), self._now(), budget)
         self._turns = Turns(self._dispatcher)
         self._counts = Counts()
         self._press = Press(prepared, shape, ledger, self._end)
-        self._feed = feed(prepared, ledger, self._press, self._dispatcher, self._turns, self._counts)
+        self._twins = Twins(ledger, self._press.asks) if schedule.dedupe else None
+        self._feed = feed(prepared, ledger, self._press, self._dispatcher, self._turns, self._counts, self._twins)
         self._guard = Guard()
         self._attempts = Attempts(
-            prepared, transport, self._dispatcher, self._turns, ledger, self._guard, self._counts, self._end
+            prepared, transport, self._dispatcher, self._turns, ledger, self._guard, self._counts, budget, self._end
         )
         self._timeline = Timeline(
             ledger, self._dispatcher, self._counts, self._why_idle, self._started, self._started_at
@@ -236,6 +242,8 @@ class _Run:
         """These attempts are on the disk: only now are their rows done and their turns given back."""
         landed = 0
         for attempt in attempts:
+            if self._budget is not None:
+                self._budget.settle(attempt)
             opened = self._press.of(attempt.row)
             if opened is None:
                 continue  # decided late, before anything was fed
@@ -248,6 +256,8 @@ class _Run:
                 self._counts.ended(attempt.outcome)
                 opened.left -= 1
                 self._press.publish_if_complete(opened)
+                if self._twins is not None:
+                    self._twins.ended(attempt)
         self._counts.requests += landed
         self._dispatcher.landed(landed)
         self._attempts.disk.set()
@@ -256,6 +266,8 @@ class _Run:
 
     def _close_if_done(self) -> None:
         if self._feed.ended and self._dispatcher.idle:
+            if short := self._short():
+                self._end(short)
             self._turns.close()
 
     def _end(self, error: BatcherError) -> None:
@@ -276,6 +288,8 @@ class _Run:
         with anyio.move_on_after(SETTLE, shield=True) as patience:
             try:
                 await self._ledger.flush()
+                while self._twins is not None and self._twins.recorded:
+                    await self._ledger.flush()
             except StorageError as error:
                 self._end(error)
         if patience.cancelled_caught:
@@ -334,7 +348,29 @@ class _Run:
             return "publishing" if self._press.behind else "open parts"
         return "the last rows" if self._feed.ended else "input"
 
+    def _short(self) -> PausedError | None:
+        """Say so where what is left of the budget is too little for the rows that are left."""
+        budget = self._budget
+        if budget is None or not budget.set_aside or not self._dispatcher.out_of_rows:
+            return None
+        if not (budget.reached or self._feed.ended or self._press.full):
+            return None
+        asked, counts = self._feed.asked, self._counts
+        pending = None if asked is None else max(0, asked - counts.answered_rows - counts.failed_rows)
+        rows = "an unknown number of rows is" if pending is None else f"{pending:,} rows are"
+        lost = f", {_usd(budget.lost)} of it maybe, by requests of which nobody knows" if budget.lost else ""
+        said = (
+            f"the budget is reached: {_usd(budget.spent)} of {_usd(budget.limit)} is spent{lost}; "
+            f"{_usd(budget.left)} is left, and the next request may cost {_usd(budget.dearest_left)}\n{rows} pending"
+        )
+        each = counts.cost / counts.rows if counts.cost and counts.rows else None
+        if pending is not None and each is not None:
+            said += f" and would cost about {_usd(each * pending)}, as the rows of this run did"
+        return PausedError(f"{said}; raise schedule.budget_usd and run the same command again")
+
     def _overdue(self) -> PausedError | None:
+        if short := self._short():
+            return short
         since, now = self._dispatcher.breaker.open_since, self._now()
         patience = PATIENCE if self._counts.answers or self._counts.before else PATIENCE_AT_FIRST
         if since is not None and now - since > patience:
@@ -379,6 +415,8 @@ class _Run:
             cost_usd=counts.cost,
             seconds=self._now() - self._started,
             phase=self._phase,
+            budget_usd=self._prepared.job.schedule.budget_usd,
+            spent_usd=None if self._budget is None else self._budget.spent,
         )
 
     async def _conclude(self) -> Summary:
@@ -408,6 +446,8 @@ class _Run:
             transport=self._transport.name,
             version=version("batcher"),
             retries=retries,
+            budget_usd=self._prepared.job.schedule.budget_usd,
+            spent=self._ledger.spending(),
         )
         self._enter(summary.state)
         if not self._hasty:
@@ -425,6 +465,25 @@ class _Run:
         if self._ending is not None:
             raise self._ending
         return summary
+
+
+def _budget(prepared: Prepared, ledger: Ledger) -> Budget | None:
+    """What may still be spent. An output that once had a budget is counted on, so that it may have one again."""
+    limit, known = prepared.job.schedule.budget_usd, ledger.spending()
+    if limit is None and known is None:
+        return None
+    before = 0.0 if known is not None else ledger.spent_uncounted()
+    if before is None:
+        raise JobError(
+            f"{prepared.job.origin}: schedule.budget_usd: what earlier runs have spent is not known, for no price was; "
+            "name another output"
+        )
+    return Budget(math.inf if limit is None else limit, ledger.take_up_spending(before), prepared.most)
+
+
+def _usd(amount: float) -> str:
+    """An amount for a sentence: cents, and of less than a dollar two digits that count."""
+    return f"${amount:,.2f}" if amount >= 1 else f"${amount:.2g}"
 
 
 def _open_files() -> int:

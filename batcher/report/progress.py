@@ -90,7 +90,7 @@ def panel(snapshot: Snapshot, speed: Rates, name: str) -> Panel:
     total = None if snapshot.total is None else max(1, snapshot.total)
     bar = ProgressBar(total=total, completed=snapshot.answered + snapshot.failed)
     body = Table.grid(expand=True)
-    for each in (top, bar, Text("   ".join(_figures(snapshot, speed)))):
+    for each in (top, bar, Text("   ".join(filter(None, _figures(snapshot, speed))))):
         body.add_row(each)
     footer = Text(printable(", ".join(filter(None, [snapshot.phase, duration(snapshot.seconds), _held(snapshot)]))))
     return Panel(body, title=Text(printable(name)), subtitle=footer)
@@ -163,4 +163,7 @@ def _figures(snapshot: Snapshot, speed: Rates) -> list[str]:
         f"{count(speed.tokens)} tokens/s",
         f"{count(snapshot.in_flight)} of {count(snapshot.window)} in flight",
         money(snapshot.cost_usd),
+        ""
+        if snapshot.budget_usd is None or snapshot.spent_usd is None
+        else f"{money(snapshot.spent_usd)} of {money(snapshot.budget_usd)} spent",
     ]

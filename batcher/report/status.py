@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 from batcher.records import Second, Status
-from batcher.report.text import count, duration, money, printable, size
+from batcher.report.text import budget, count, duration, money, printable, size
 
 _LIVE = ("running", "draining", "publishing")
 _HINTS = {
@@ -29,6 +29,7 @@ def status_text(status: Status) -> str:
         ("requests", _requests(status)),
         ("tokens", f"{count(status.prompt_tokens)} prompt, {count(status.completion_tokens)} completion"),
         ("cost", money(status.cost_usd)),
+        ("budget", budget(status.spent, status.budget_usd)),
         ("parts", f"{count(status.parts)} published, {count(status.complete_parts)} of them complete"),
         ("ledger", size(status.ledger_bytes)),
         ("failed", _counts(status.totals.failure_kinds) if status.totals.failed == status.failed else ""),

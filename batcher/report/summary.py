@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from batcher.records import Summary, Totals
-from batcher.report.text import count, duration, money, printable
+from batcher.report.text import budget, count, duration, money, printable
 
 _LOOKED_AT = 100_000
 """Failures that are looked at for the most common ones: it bounds the memory."""
@@ -31,6 +31,7 @@ def render(summary: Summary, output: str) -> str:
         ("requests", requests),
         ("tokens", f"{count(totals.prompt_tokens)} prompt{cached}, {count(totals.completion_tokens)} completion"),
         ("cost", _cost(totals) if totals.rows else ""),
+        ("budget", budget(summary.spent, summary.budget_usd)),
         ("finish", _counts(others) if others else ""),
         ("altered", f"{count(totals.altered)} rows hold text that Parquet cannot keep exactly" * bool(totals.altered)),
         (

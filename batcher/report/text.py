@@ -2,6 +2,8 @@
 
 import unicodedata
 
+from batcher.records import Spending
+
 
 def printable(text: str) -> str:
     """The text on one line, with every character that would act on a terminal shown as its escape.
@@ -29,6 +31,14 @@ def money(usd: float | None) -> str:
     if usd is None:
         return "unknown price"
     return f"${usd:,.2f}" if usd >= 1 or not usd else f"${usd:.4f}" if usd >= 0.001 else f"${usd:.2g}"
+
+
+def budget(spent: Spending | None, limit: float | None) -> str:
+    """What is spent of a budget; nothing where there is none."""
+    if spent is None or limit is None:
+        return ""
+    lost = f", {money(spent.lost)} of it maybe, by requests of which nobody knows" if spent.lost else ""
+    return f"{money(spent.usd)} of {money(limit)} spent{lost}"
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from batcher.records import Failure, Kind, Limit, Turn, Usage
+from batcher.schedule.budget import Budget
 from batcher.schedule.capacity import Breaker, Window
 from batcher.schedule.quota import Bucket
 
@@ -68,8 +69,9 @@ class Pressure(NamedTuple):
 class Dispatcher:
     """Which request may go, and when. All times are monotonic seconds, passed in."""
 
-    def __init__(self, pace: Pace, ceiling: int, now: float) -> None:
+    def __init__(self, pace: Pace, ceiling: int, now: float, budget: Budget | None = None) -> None:
         """`ceiling` bounds the window whatever the job says: open files, workers."""
+        self._budget = budget
         self.in_flight = 0
         start = min(pace.max_in_flight or AUTO_START, ceiling)
         self.window = Window(start, min(pace.max_in_flight or AUTO_CEILING, ceiling), now)
@@ -129,6 +131,15 @@ class Dispatcher:
             self._bind("retries", now)
             return max(ready, self._retries_at + cost - self._retries)
         _, _, cost, turn = self._again[0] if retry else (0.0, 0, 0.0, self._fresh[0])
+        if self._budget is not None and not self._budget.affords(turn.request):
+            self._bind("budget", now)
+            if not self._budget.skips(turn.request):
+                return None
+            if retry:
+                heapq.heappop(self._again)
+            else:
+                self._fresh.popleft()
+            return self.take(now)
         tokens = self._estimate(turn)
         uncached = tokens * (1 - self._cached_share)
         for resource, bucket in self._buckets():
@@ -143,6 +154,8 @@ class Dispatcher:
             self._fresh.popleft()
         for resource, bucket in self._buckets():
             bucket.charge(_charge(resource, tokens, uncached), now)
+        if self._budget is not None:
+            self._budget.lease(turn)
         self._spent[0] += 1
         self._spent[1] += tokens
         self._spent[2] += uncached
@@ -220,6 +233,11 @@ class Dispatcher:
     def idle(self) -> bool:
         """Whether nothing waits and nothing is in flight."""
         return not (self._fresh or self._again or self.in_flight)
+
+    @property
+    def out_of_rows(self) -> bool:
+        """Whether nothing is in flight, and nothing goes but what the budget has no money for."""
+        return not self.in_flight and (self.idle or (self._budget is not None and self._budget.reached))
 
     def pressure(self) -> Pressure:
         """The state in numbers and a word."""
