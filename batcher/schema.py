@@ -74,6 +74,8 @@ MEANINGS: Mapping[str, str] = {
     "service.timeout": "For a whole request.",
     "service.transport": "The HTTP library; the faster one that is installed when absent.",
     "schedule": "How much may be under way.",
+    "schedule.budget_usd": "What all runs of the output may spend, in USD; never exceeded.",
+    "schedule.dedupe": "Ask requests that are the same once, at temperature 0 or with a seed.",
     "schedule.max_in_flight": "The most requests at once; auto finds it.",
     "schedule.queue_threshold": "Refuse a request rather than let it wait longer: 50 ms to 20 s, for flex and auto.",
     "schedule.requests_per_minute": "A ceiling of ours; the service's limits are kept anyway.",

@@ -253,6 +253,8 @@ WRONG = [
     ("schedule.queue_threshold", "long", ["schedule.queue_threshold: a duration such as"]),
     ("schedule.uncached_tokens_per_minute", "1M", ["schedule.uncached_tokens_per_minute: a number above 0"]),
     ("retry.max_attempts", 0, ["retry.max_attempts: a whole number from 1 to 100, not 0"]),
+    ("schedule.budget_usd", 0, ["schedule.budget_usd: a number above 0"]),
+    ("schedule.dedupe", "yes", ["schedule.dedupe: true or false, not 'yes'"]),
     ("retry.max_invalid", -1, ["retry.max_invalid: a whole number from 0 to 100, not -1"]),
     ("output.path", "", ["output.path: a text of at least 1"]),
     ("output.path", "a\0b", ["output.path", "NUL"]),
@@ -281,8 +283,6 @@ LATER = [
     ("schedule.tokens_per_minute", "auto"),
     ("schedule.uncached_tokens_per_minute", "auto"),
     ("schedule.deadline", "6h"),
-    ("schedule.budget_usd", 20.0),
-    ("schedule.dedupe", False),
     ("schedule.wait", True),
 ]
 

@@ -358,15 +358,15 @@ class _Run:
         asked, counts = self._feed.asked, self._counts
         pending = None if asked is None else max(0, asked - counts.answered_rows - counts.failed_rows)
         rows = "an unknown number of rows is" if pending is None else f"{pending:,} rows are"
-        lost = f", {_usd(budget.lost)} of it maybe, by requests of which nobody knows" if budget.lost else ""
+        lost = f" ({_usd(budget.lost)} of it maybe, by requests that timed out or were cut off)" if budget.lost else ""
         said = (
-            f"the budget is reached: {_usd(budget.spent)} of {_usd(budget.limit)} is spent{lost}; "
+            f"the budget is reached: {_usd(budget.spent)} of {_usd(budget.limit)} is spent{lost}, "
             f"{_usd(budget.left)} is left, and the next request may cost {_usd(budget.dearest_left)}\n{rows} pending"
         )
-        each = counts.cost / counts.rows if counts.cost and counts.rows else None
-        if pending is not None and each is not None:
-            said += f" and would cost about {_usd(each * pending)}, as the rows of this run did"
-        return PausedError(f"{said}; raise schedule.budget_usd and run the same command again")
+        spent, done = (counts.cost, counts.rows) if counts.rows else (budget.spent - budget.lost, counts.before)
+        if pending is not None and spent and done:
+            said += f" and would cost about {_usd(spent / done * pending)}, going by those before them"
+        return PausedError(f"{said}: raise schedule.budget_usd and run the same command again")
 
     def _overdue(self) -> PausedError | None:
         if short := self._short():

@@ -37,7 +37,7 @@ def budget(spent: Spending | None, limit: float | None) -> str:
     """What is spent of a budget; nothing where there is none."""
     if spent is None or limit is None:
         return ""
-    lost = f", {money(spent.lost)} of it maybe, by requests of which nobody knows" if spent.lost else ""
+    lost = f" ({money(spent.lost)} of it maybe, by requests that timed out or were cut off)" if spent.lost else ""
     return f"{money(spent.usd)} of {money(limit)} spent{lost}"
 
 
