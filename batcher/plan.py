@@ -70,7 +70,7 @@ class Plan:
     spent: float
     """USD that earlier runs have spent."""
     twins: int | None
-    """Rows of the sample that make the same request as one before them, and share its answer; None where each row is asked."""
+    """Rows of the sample that share the answer of one before them; None where each row is asked."""
     output: str
     schema: str | None
     """What is to be known of how the schema is sent."""

@@ -265,9 +265,9 @@ class _Run:
         self._close_if_done()
 
     def _close_if_done(self) -> None:
-        if self._feed.ended and self._dispatcher.idle:
-            if short := self._short():
-                self._end(short)
+        if short := self._short():
+            self._end(short)
+        elif self._feed.ended and self._dispatcher.idle:
             self._turns.close()
 
     def _end(self, error: BatcherError) -> None:
