@@ -2,6 +2,7 @@
 
 import argparse
 
+from benchmarks.budget import budget
 from benchmarks.large import large
 from benchmarks.measure import Answer, machine, raise_open_files
 from benchmarks.memory import memory
@@ -11,7 +12,7 @@ from benchmarks.payload import payload
 from benchmarks.resume import resume
 from benchmarks.transport import transport
 
-QUESTIONS = ("overhead", "latency", "memory", "large", "resume", "payload", "parse", "transport")
+QUESTIONS = ("overhead", "latency", "memory", "large", "resume", "payload", "parse", "transport", "budget")
 
 
 def show(answers: list[Answer]) -> None:
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="alternating runs of B1 and the engine (7)")
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of memory's and large's runs (1,000,000)")
     parser.add_argument("--resumed", type=int, default=5_000_000, help="rows of the run that is resumed (5,000,000)")
+    parser.add_argument("--seeds", type=int, default=20, help="seeds of budget's runs in virtual time (20)")
     arguments = parser.parse_args()
     if arguments.pairs < 1 or arguments.rows < 1:
         parser.error("--pairs and --rows start at 1")
@@ -53,6 +55,8 @@ def main() -> None:
         answers += parse()
     if arguments.question in (None, "transport"):
         answers += transport(arguments.pairs, sizes=(5_000, 25_000))
+    if arguments.question in (None, "budget"):
+        answers += budget(arguments.seeds)
     show(answers)
 
 

@@ -59,7 +59,7 @@ def asked(service: Simulator) -> Counter[int]:
 
 
 def check(output: Path, texts: list[int]) -> dict[int, dict[str, Any]]:
-    """Every row has the outcome of the one row of its text that was asked, and its own columns; nothing counts twice."""
+    """Every row has the outcome of the row of its text that was asked, and its own columns; nothing counts twice."""
     answers, failures = rows_of(output, "responses"), rows_of(output, "failures")
     assert sorted([*answers, *failures]) == list(range(len(texts)))
     every = answers | failures
@@ -162,7 +162,9 @@ def test_kills_change_nothing_of_it(tmp_path: Path) -> None:
     """Killed again and again, no request is asked twice that was answered, and every row has its twin's answer."""
     chance = random.Random(5)
     texts = [chance.randrange(150) for _ in range(300)]
-    with stories.service(latency=0.03, faults=stories.FAULTS, poison={"[row 00013]": 422}) as service:
+    with stories.service(
+        latency=0.02, seconds_per_completion_token=0.0, faults=stories.FAULTS, poison={"[row 00013]": 422}
+    ) as service:
         path = job(tmp_path, service.url, texts, part=100)
         story = stories.Kills(tmp_path, service, path, in_flight=8, seed=5)
         for _ in range(3):
@@ -181,7 +183,7 @@ def test_kills_change_nothing_of_it(tmp_path: Path) -> None:
 )
 @settings(max_examples=10, deadline=None)
 def test_whatever_repeats_is_asked_once(texts: list[int], part: int, pilots: list[int], in_flight: int) -> None:
-    """Random repetitions, parts and pilots, in virtual time: one request for each text, one outcome for all its rows."""
+    """Random repetitions, parts and pilots: one request for each text, one outcome for all its rows."""
     os.environ["STORY_KEY"] = stories.KEY
     texts = [0, *texts]  # it is answered, so that refusals are the rows' own
     with tempfile.TemporaryDirectory(dir=MEMORY) as name:
