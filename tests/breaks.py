@@ -37,6 +37,8 @@ SINK = ("tests/test_sink.py",)
 WORLDS = ("tests/test_simulation.py", "-k", "every_world")
 POWER = ("tests/test_power_loss.py",)
 RETRY = ("tests/test_retry_command.py",)
+BUDGET = ("tests/test_budget.py",)
+DEDUPE = ("tests/test_dedupe.py", "-k", "not kills")
 STORES = ("tests/test_stores.py",)
 
 BREAKS = (
@@ -118,6 +120,35 @@ BREAKS = (
         "                elif outcome is not None:\n                    done.add(row)",
         "                else:\n                    done.add(row)",
         LEDGER,
+    ),
+    Break(
+        "a request does not wait for its lease",
+        "engine/attempt.py",
+        "        return await self._ledger.lease(turn.request.unit, turn.request.row, turn.attempt, budget.leased(turn))",
+        "        self._ledger.lease(turn.request.unit, turn.request.row, turn.attempt, budget.leased(turn))\n"
+        "        return True",
+        BUDGET,
+    ),
+    Break(
+        "an open lease is forgotten",
+        "ledger.py",
+        'db.execute("UPDATE spending SET usd = usd + ?, lost = lost + ?", (open_, open_))',
+        "pass",
+        BUDGET,
+    ),
+    Break(
+        "half of a lease is held",
+        "schedule/budget.py",
+        "self.held += usd",
+        "self.held += usd / 2",
+        BUDGET,
+    ),
+    Break(
+        "what a leader has come to goes with its part",
+        "ledger.py",
+        "AND row = leaders.row AND outcome IN (?, ?))",
+        "AND row = leaders.row AND outcome IN (?, ?) AND 0)",
+        DEDUPE,
     ),
     Break(
         "the lock is shared",

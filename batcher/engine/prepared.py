@@ -36,7 +36,7 @@ _OWNER, _NAME = ".ledger", "name"
 _TEMPLATE_TOKENS = 256
 """What a model's chat template may add to a prompt; between messages it adds less than their JSON has bytes."""
 _IMAGE_TOKENS = 4096
-"""What an image may add to its bytes."""
+"""What an image may add to its bytes, twice: the word stands in its part as type and as key."""
 
 _UNMISTAKABLE = 16
 """Characters: a shorter secret, such as the word that a local server takes for a key, may stand in a job by chance."""
@@ -72,7 +72,7 @@ class Prepared(NamedTuple):
         if request.output_tokens <= 0:
             return None
         body = request.body
-        # No token is shorter than a byte; an image by its address has more to it than its bytes here.
+        # No token is shorter than a byte; an image has more to it than its bytes where it stands by its address.
         prompt = len(body) + _TEMPLATE_TOKENS + _IMAGE_TOKENS * body.count(b'"image_url"')
         # Predicted tokens that are rejected are paid beside those of the answer.
         completion = request.output_tokens + (len(body) if b'"prediction"' in body else 0)
