@@ -124,10 +124,9 @@ BREAKS = (
     Break(
         "a request does not wait for its lease",
         "engine/attempt.py",
-        "        return await self._ledger.lease(turn.request.unit, turn.request.row, turn.attempt, budget.leased(turn))",
-        "        self._ledger.lease(turn.request.unit, turn.request.row, turn.attempt, budget.leased(turn))\n"
-        "        return True",
-        BUDGET,
+        "not await self._leased(ticket, self._budget):",
+        "asyncio.ensure_future(self._leased(ticket, self._budget)) is None:",
+        WORLDS,
     ),
     Break(
         "an open lease is forgotten",

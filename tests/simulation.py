@@ -374,6 +374,7 @@ def money(world: World) -> None:
     """A budget that may be too small, and is raised then."""
     if world.draw.random() < 0.25:
         dearest = 0.0006 if "response_format" not in world.sections["request"] else 0.002
+        world.slow_disk = world.draw.choice([world.slow_disk, 0.04])
         world.sections["schedule"]["budget_usd"] = dearest + len(world.rows) * 10 ** world.draw.uniform(-5, -3.5)
 
 

@@ -31,6 +31,7 @@ from batcher.job import Job
 from batcher.ledger import REPARSE, Ledger, Lock, lock_beside
 from batcher.parameters import is_template
 from batcher.records import UNIT, Attempt, Outcome, Snapshot, Summary, Totals
+from batcher.report import money
 from batcher.retry import Guard
 from batcher.schedule import Budget, Dispatcher, Pace
 from batcher.sink import Shape
@@ -357,15 +358,22 @@ class _Run:
             return None
         asked, counts = self._feed.asked, self._counts
         pending = None if asked is None else max(0, asked - counts.answered_rows - counts.failed_rows)
-        rows = "an unknown number of rows is" if pending is None else f"{pending:,} rows are"
-        lost = f" ({_usd(budget.lost)} of it maybe, by requests that timed out or were cut off)" if budget.lost else ""
+        rows = (
+            "an unknown number of rows is"
+            if pending is None
+            else "1 row is"
+            if pending == 1
+            else f"{pending:,} rows are"
+        )
+        lost = f" ({money(budget.lost)} of it maybe, by requests that timed out or were cut off)" if budget.lost else ""
         said = (
-            f"the budget is reached: {_usd(budget.spent)} of {_usd(budget.limit)} is spent{lost}, "
-            f"{_usd(budget.left)} is left, and the next request may cost {_usd(budget.dearest_left)}\n{rows} pending"
+            f"the budget is reached: {money(budget.spent)} of {money(budget.limit)} is spent{lost}, "
+            f"{money(max(0.0, budget.left))} is left, and the next request may cost {money(budget.dearest_left)}\n"
+            f"{rows} pending"
         )
         spent, done = (counts.cost, counts.rows) if counts.rows else (budget.spent - budget.lost, counts.before)
         if pending is not None and spent and done:
-            said += f" and would cost about {_usd(spent / done * pending)}, going by those before them"
+            said += f" and would cost about {money(spent / done * pending)}, going by those before them"
         return PausedError(f"{said}: raise schedule.budget_usd and run the same command again")
 
     def _overdue(self) -> PausedError | None:
@@ -479,11 +487,6 @@ def _budget(prepared: Prepared, ledger: Ledger) -> Budget | None:
             "name another output"
         )
     return Budget(math.inf if limit is None else limit, ledger.take_up_spending(before), prepared.most)
-
-
-def _usd(amount: float) -> str:
-    """An amount for a sentence: cents, and of less than a dollar two digits that count."""
-    return f"${amount:,.2f}" if amount >= 1 else f"${amount:.2g}"
 
 
 def _open_files() -> int:
