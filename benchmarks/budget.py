@@ -24,7 +24,7 @@ from batcher.records import Failure, Reply, Request, Spending, Summary
 from batcher.simulator import Entry, Front, ModelTransport, Settings, VirtualLoop, running
 from benchmarks.measure import ROOT, Answer
 
-ROWS = 40_000
+ROWS = 60_000
 IN_FLIGHT = 512
 KILLS = 20
 LEAST = 0.97
@@ -140,7 +140,7 @@ def _sockets(seed: int) -> Spent:
                 if process.poll() is not None:
                     raise SystemExit(f"the run ended with {process.returncode} before it was killed")
                 time.sleep(0.01)
-            time.sleep(chance.uniform(0, 0.5))
+            time.sleep(chance.uniform(0, 0.3))
             process.kill()
             process.wait()
         if (code := _start(path).wait()) != PausedError.exit_code:
@@ -195,7 +195,7 @@ def _virtual(seed: int) -> Spent:
         for number in range(KILLS + 1):
             loop = VirtualLoop(now, work=lambda: chance.uniform(0.0, 0.004))
             clock[0] = loop.time
-            after = chance.uniform(0.05, 0.7) if number < KILLS else None
+            after = chance.uniform(0.05, 0.3) if number < KILLS else None
             with asyncio.Runner(loop_factory=lambda made=loop: made) as runner:  # type: ignore[misc]
                 runner.run(_life(path, front, output, folder / f"out{number + 1}", after))
             now = loop.time() + 1

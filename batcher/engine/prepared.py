@@ -134,7 +134,7 @@ def _refuse_unbounded(prepared: Prepared) -> None:
     asked = job.request.parameters
     if job.schedule.budget_usd is None or job.request.body is not None:
         return
-    if not (asked.get("max_completion_tokens") or asked.get("max_tokens")):
+    if (asked.get("max_completion_tokens") or asked.get("max_tokens") or -1) == -1:
         key = "max_completion_tokens" if job.request.endpoint == "chat" else "max_tokens"
         raise JobError(f"{job.origin}: schedule.budget_usd: only with request.{key}: without it an answer has no bound")
     model = asked.get("model")

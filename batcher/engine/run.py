@@ -286,16 +286,21 @@ class _Run:
         if self._ending is None:
             self._enter("publishing")
             self._decide_held()
+        while await self._flushed() and self._twins is not None and self._twins.recorded and not self._hasty:
+            pass  # rows that share what has just become durable have their turn
+
+    async def _flushed(self) -> bool:
+        """Everything that was recorded is durable; false, and the run ends, where the disk does not take it."""
         with anyio.move_on_after(SETTLE, shield=True) as patience:
             try:
                 await self._ledger.flush()
-                while self._twins is not None and self._twins.recorded:
-                    await self._ledger.flush()
+                return True
             except StorageError as error:
                 self._end(error)
         if patience.cancelled_caught:
             self._ledger.give_up()
             self._end(StorageError(f"{self._ledger.path}: the disk takes nothing; run the same command again"))
+        return False
 
     def _decide_held(self) -> None:
         """No answer can come any more that would tell a bad job from bad rows."""
