@@ -164,7 +164,7 @@ class _Cut:
     """The transport of a process that may be killed: what is sent after that reaches nobody."""
 
     def __init__(self, inner: ModelTransport) -> None:
-        self.inner = inner
+        self.inner, self.name = inner, inner.name
         self.cut = False
 
     async def send(self, request: Request) -> Reply | Failure:
