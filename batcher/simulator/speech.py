@@ -127,12 +127,12 @@ def given(question: wire.Question, said: Sequence[Said]) -> list[Said]:
 
 
 def _in_json(value: answers.Json, misfits: bool, schema: answers.Schema | None, draw: Random) -> str:
-    """The content that carries a value; one that misfits is a list where an object belongs, or has talk around it."""
+    """The content that carries a value; one that misfits is a list where an object belongs, or talk without an end."""
     if not misfits:
         return wire.ENCODER.encode(value).decode()
     if (schema is None or schema.get("type") == "object") and draw.random() < 0.5:
         return wire.ENCODER.encode([value]).decode()
-    return f"Sure, here it is: {wire.ENCODER.encode(value).decode()}"
+    return f"Sure, here it is: {wire.ENCODER.encode(value).decode().removesuffix('}')}"  # whole, it would be found
 
 
 def _altered(prediction: str, draw: Random, ending: str) -> str:
