@@ -13,10 +13,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import anyio
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import batcher
 from batcher.simulator import Entry, Settings, Simulator, running
 
 KEY = "sk-canary-5f0c1b7d"
@@ -197,6 +199,15 @@ def service(**settings: object) -> Iterator[Simulator]:
     quick: dict[str, object] = {"requests_per_minute": None, "tokens_per_minute": None, "latency": 0.02}
     with running(Settings(**{**quick, **settings}), record=True) as simulator:  # type: ignore[arg-type]
         yield simulator
+
+
+async def cancelled(job: batcher.Job, service: Simulator, answers: int) -> None:
+    """Run a job, and cancel it once the service has given so many answers."""
+    async with anyio.create_task_group() as group:
+        group.start_soon(batcher.arun, job)
+        while sum(map(good, list(service.book))) < answers:  # noqa: ASYNC110 (the service is on another thread)
+            await anyio.sleep(0.005)
+        group.cancel_scope.cancel()
 
 
 def check_complete(output: Path, rows: int, service: Simulator) -> None:

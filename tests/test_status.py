@@ -448,11 +448,7 @@ def test_a_cancelled_run_records_what_was_in_flight(tmp_path: Path) -> None:
     with stories.service(latency=0.2) as service:
         spec = batcher.load(stories.write_job(tmp_path, service.url))
 
-        async def cancelled() -> None:
-            with anyio.move_on_after(1.1):
-                await batcher.arun(spec)
-
-        anyio.run(cancelled)
+        anyio.run(stories.cancelled, spec, service, 20)
         assert status(tmp_path / "out").state == "broken off"
         batcher.run(spec)
         kinds = Counter(stories.column(tmp_path / "out", "attempts", "kind"))
