@@ -1,6 +1,7 @@
 """`python -m benchmarks` asks every question; one of their names after it asks that one."""
 
 import argparse
+import sys
 
 from benchmarks.large import large
 from benchmarks.measure import Answer, machine, raise_open_files
@@ -8,8 +9,9 @@ from benchmarks.memory import memory
 from benchmarks.overhead import latency, overhead
 from benchmarks.payload import payload
 from benchmarks.resume import resume
+from benchmarks.schedule import CASES, schedule
 
-QUESTIONS = ("overhead", "latency", "memory", "large", "resume", "payload")
+QUESTIONS = ("overhead", "latency", "memory", "large", "resume", "payload", "schedule")
 
 
 def show(answers: list[Answer]) -> None:
@@ -29,9 +31,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="alternating runs of B1 and the engine (7)")
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of memory's and large's runs (1,000,000)")
     parser.add_argument("--resumed", type=int, default=5_000_000, help="rows of the run that is resumed (5,000,000)")
+    parser.add_argument("--case", action="append", choices=CASES, help="of schedule; all when absent; repeatable")
+    parser.add_argument("--seeds", type=int, default=10, help="runs of each case of schedule (10)")
+    parser.add_argument("--lengths", help="Parquet file of prompt_tokens and completion_tokens for schedule")
     arguments = parser.parse_args()
-    if arguments.pairs < 1 or arguments.rows < 1:
-        parser.error("--pairs and --rows start at 1")
+    if min(arguments.pairs, arguments.rows, arguments.seeds) < 1:
+        parser.error("--pairs, --rows and --seeds start at 1")
     raise_open_files()
     print(machine(), flush=True)
     answers: list[Answer] = []
@@ -47,7 +52,12 @@ def main() -> None:
         answers += resume(arguments.resumed, arguments.pairs)
     if arguments.question in (None, "payload"):
         answers += payload()
-    show(answers)
+    if answers:
+        show(answers)
+    if arguments.question in (None, "schedule") and not schedule(
+        arguments.case or list(CASES), arguments.seeds, arguments.lengths
+    ):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
