@@ -9,7 +9,7 @@ from benchmarks.memory import memory
 from benchmarks.overhead import latency, overhead
 from benchmarks.payload import payload
 from benchmarks.resume import resume
-from benchmarks.schedule import CASES, schedule
+from benchmarks.schedule import CASES, CLIENTS, schedule
 
 QUESTIONS = ("overhead", "latency", "memory", "large", "resume", "payload", "schedule")
 
@@ -33,6 +33,9 @@ def main() -> None:
     parser.add_argument("--resumed", type=int, default=5_000_000, help="rows of the run that is resumed (5,000,000)")
     parser.add_argument("--case", action="append", choices=CASES, help="of schedule; all when absent; repeatable")
     parser.add_argument("--seeds", type=int, default=10, help="runs of each case of schedule (10)")
+    parser.add_argument(
+        "--client", action="append", choices=CLIENTS, help="of schedule, or what people do otherwise (ours); repeatable"
+    )
     parser.add_argument("--lengths", help="Parquet file of prompt_tokens and completion_tokens for schedule")
     arguments = parser.parse_args()
     if min(arguments.pairs, arguments.rows, arguments.seeds) < 1:
@@ -55,7 +58,7 @@ def main() -> None:
     if answers:
         show(answers)
     if arguments.question in (None, "schedule") and not schedule(
-        arguments.case or list(CASES), arguments.seeds, arguments.lengths
+        arguments.case or list(CASES), arguments.seeds, arguments.lengths, arguments.client or ["ours"]
     ):
         sys.exit(1)
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -134,12 +134,16 @@ def full_rate_after(books: Books, bucket: str, stop: float) -> float:
     return math.inf
 
 
-def wait_ratio(books: Books, long: Iterable[int]) -> float:
-    """The median wait of the long rows over that of the others."""
-    theirs = set(long)
-    waits = [waited for row, waited in books.waited.items() if row in theirs]
-    others = [waited for row, waited in books.waited.items() if row not in theirs]
-    return statistics.median(waits) / statistics.median(others)
+def wait_ratio(books: Books, long: Collection[int]) -> float:
+    """The median wait of the long rows over that of the others, among the rows up to where most of these were answered.
+
+    A row among them that was not answered waits for ever.
+    """
+    others = sorted(row for row in books.waited if row not in long)
+    up_to = others[len(others) * 9 // 10]
+    waits = [books.waited.get(row, math.inf) for row in long if row <= up_to]
+    usual = statistics.median(books.waited.get(row, math.inf) for row in range(up_to + 1) if row not in long)
+    return statistics.median(waits) / usual if usual else math.inf
 
 
 def _failures(sent: Sequence[Sent], since: float) -> Iterable[float]:

@@ -11,10 +11,11 @@ import signal
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVarTuple, Unpack
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,13 +27,18 @@ from batcher.records import Failure, Kind, Reply, Request, Snapshot
 from batcher.simulator import Front, ModelTransport, Recorded, Settings, VirtualLoop
 from benchmarks.schedule_books import Booked, Books, Level, Seen, Sent
 
+_Ts = TypeVarTuple("_Ts")
+
 MODEL = "gpt-oss-120b"
+CEREBRAS = dialects.named("cerebras")
 KEY = "csk-benchmark-0000000000"
 KEY_NAME = "BATCHER_BENCHMARK_KEY"
 ROUND_TRIP = 0.05
 """Seconds that a refused connection takes, as every other refusal."""
 DISK = 0.002
 """Seconds that work on a thread takes: mostly, that the disk does."""
+TICK = 1e-6
+"""Seconds that a timer takes at least."""
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
@@ -119,28 +125,41 @@ class World:
         self.books = Books(self.seconds, outage=self.outage)
 
 
+class Clock(VirtualLoop):
+    """Virtual time in which every timer takes some: who waits for the rest of a rounding error would wait for ever."""
+
+    def call_at(
+        self, when: float, callback: Callable[[Unpack[_Ts]], object], *args: *_Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Have something done at a moment."""
+        return super().call_at(max(when, self.time() + TICK), callback, *args, context=context)
+
+
 Client = Callable[[World, Line], Awaitable[None]]
 """Asks until it is told to end by the end of the run: by SIGTERM, or by being cancelled."""
 
 
-def play(world: World, client: Client) -> Books:
-    """Let a client run against a world, in virtual time; the same seed gives the same books."""
-    loop = VirtualLoop(until=world.seconds + 3600.0, work=lambda: DISK)
+def play(world: World, client: Client, refusal: Callable[[Reply], Failure] = CEREBRAS.refusal) -> Books:
+    """Let a client run against a world, in virtual time; the same seed gives the same books.
+
+    `refusal` is what the client makes of an answer with another status than 200.
+    """
+    loop = Clock(until=world.seconds + 3600.0, work=lambda: DISK)
     state = random.getstate()
     random.seed(world.seed)  # the jitter of waits
     try:
         with asyncio.Runner(loop_factory=lambda: loop) as runner:
-            runner.run(_play(world, client, loop))
+            runner.run(_play(world, client, refusal, loop))
     finally:
         random.setstate(state)
     return world.books
 
 
-async def _play(world: World, client: Client, loop: VirtualLoop) -> None:
+async def _play(world: World, client: Client, refusal: Callable[[Reply], Failure], loop: VirtualLoop) -> None:
     answers = Sized(world.lengths.completions)
     settings = Settings(answers=answers, seed=world.seed, cache_tokens=0, **world.settings)
     front = Front(settings, loop.time, 1_790_000_000.0, record=True)
-    transport = ModelTransport(front, f"Bearer {KEY}", world.timeout, dialects.named("cerebras").refusal)
+    transport = ModelTransport(front, f"Bearer {KEY}", world.timeout, refusal)
     line = Line(transport, world.books.sent)
 
     def look() -> None:
