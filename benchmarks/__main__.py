@@ -3,15 +3,16 @@
 import argparse
 import sys
 
+from benchmarks.dispatcher import dispatcher
 from benchmarks.large import large
 from benchmarks.measure import Answer, machine, raise_open_files
 from benchmarks.memory import memory
 from benchmarks.overhead import latency, overhead
 from benchmarks.payload import payload
 from benchmarks.resume import resume
-from benchmarks.schedule import CASES, CLIENTS, schedule
+from benchmarks.schedule import CASES, CLIENTS, schedule, sockets
 
-QUESTIONS = ("overhead", "latency", "memory", "large", "resume", "payload", "schedule")
+QUESTIONS = ("overhead", "latency", "memory", "large", "resume", "payload", "dispatcher", "schedule")
 
 
 def show(answers: list[Answer]) -> None:
@@ -36,6 +37,9 @@ def main() -> None:
     parser.add_argument(
         "--client", action="append", choices=CLIENTS, help="of schedule, or what people do otherwise (ours); repeatable"
     )
+    parser.add_argument(
+        "--sockets", action="store_true", help="schedule: its first two cases over real sockets instead"
+    )
     parser.add_argument("--lengths", help="Parquet file of prompt_tokens and completion_tokens for schedule")
     arguments = parser.parse_args()
     if min(arguments.pairs, arguments.rows, arguments.seeds) < 1:
@@ -55,12 +59,15 @@ def main() -> None:
         answers += resume(arguments.resumed, arguments.pairs)
     if arguments.question in (None, "payload"):
         answers += payload()
+    if arguments.question in (None, "dispatcher"):
+        answers += dispatcher()
     if answers:
         show(answers)
-    if arguments.question in (None, "schedule") and not schedule(
-        arguments.case or list(CASES), arguments.seeds, arguments.lengths, arguments.client or ["ours"]
-    ):
-        sys.exit(1)
+    if arguments.question in (None, "schedule"):
+        names, clients = arguments.case or list(CASES), arguments.client or ["ours"]
+        good = arguments.sockets or schedule(names, arguments.seeds, arguments.lengths, clients)
+        if not good or (arguments.sockets and not sockets(arguments.lengths)):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How much of what the service allows the scheduler uses, case by case, in virtual time.
 
-    python -m benchmarks schedule [--case NAME] [--seeds N] [--client NAME] [--lengths FILE]
+    python -m benchmarks schedule [--case NAME] [--seeds N] [--client NAME] [--lengths FILE] [--sockets]
 
 The client is the whole engine (`schedule_world.ours`), the service is the simulator's model with its books; only
 sockets and time are missing. Lengths of prompts and answers are drawn by seed from `azure_conv_lengths.parquet` (real
@@ -18,6 +18,7 @@ from typing import Any
 
 from batcher.records import Kind
 from benchmarks import schedule_books as books
+from benchmarks import schedule_sockets
 from benchmarks.measure import CORES, ROOT
 from benchmarks.schedule_books import Books
 from benchmarks.schedule_peers import fixed, limited, refusal
@@ -27,13 +28,14 @@ LENGTHS = "azure_conv_lengths.parquet"
 CLIENTS: Mapping[str, Client] = {"ours": ours, "fixed": fixed, "limited": limited}
 OTHERS_SEEDS = 3
 """Of those who have most requests refused, whose runs take long."""
+SOCKETS, SOCKETS_SECONDS = ("token-bound", "request-bound"), 300.0
 UNCACHED, REQUESTS = "uncached-tokens-minute", "requests-minute"
 MINUTE = 60.0
 LONG_EACH, LONG_TIMES = 10, 50
 """One prompt of so many is so many times longer."""
 START, STOP, SOONER = 120.0, 420.0, 1.3
 """When an outage begins and ends, and how much sooner with each seed: probes go every so many seconds."""
-CHANGE = 180.0
+CHANGE = 180.5
 """When the account changes in mid-run."""
 LIMITS: Mapping[str, Any] = {
     "requests_per_minute": 1_000,
@@ -144,13 +146,13 @@ CASES: Mapping[str, Case] = {
         Case(
             "limit-halved",
             (_share(UNCACHED, 0.95, CHANGE), _refused(0.01, CHANGE)),
-            seconds=CHANGE + 480,
+            seconds=660.0,
             events=(Event(CHANGE, HALF),),
         ),
         Case(
             "others-take-30",
             (_share(UNCACHED, 0.95, CHANGE), _refused(0.01, CHANGE)),
-            seconds=CHANGE + 480,
+            seconds=660.0,
             events=(Event(CHANGE, {"others": 0.3}),),
         ),
         Case("keeps-reservation", (_share(UNCACHED, 0.97), _refused(0.01)), settings={"keeps_reservation": True}),
@@ -248,6 +250,26 @@ def sooner(case: Case) -> Case:
     """The same in less time: who has most requests refused sends a hundred times as many."""
     since = CHANGE if case.events else MINUTE
     return case if case.outage else replace(case, seconds=min(case.seconds, since + 60))
+
+
+def sockets_world(name: str, path: str | None) -> World:
+    """A case for five minutes in real time."""
+    case = replace(CASES[name], seconds=SOCKETS_SECONDS, rows=8_000)
+    return world_of(case, path, 0)
+
+
+def sockets(path: str | None) -> bool:
+    """Play the first two cases over real sockets; whether every bar is met."""
+    path, good = found(path), True
+    for name in SOCKETS:
+        world = sockets_world(name, path)
+        run = schedule_sockets.play(name, path, world)
+        for bar in bars_of(CASES[name], world):
+            value = bar.measure(run)
+            good = good and bar.holds(value)
+            told = "pass" if bar.holds(value) else "MISS"
+            print(f"  {name} over sockets: {bar.figure} {bar.shown(value)}, must be {bar.must}: {told}", flush=True)
+    return good
 
 
 def found(path: str | None) -> str | None:

@@ -81,18 +81,17 @@ def used(books: Books, bucket: str, since: float, until: float) -> float:
     return total
 
 
-def allowed(books: Books, bucket: str, since: float) -> float:
-    """What a bucket held at a moment and what flowed in from then to the end, less what was others'."""
-    levels = [level for level in books.levels if level.at >= since]
+def share(books: Books, bucket: str, since: float) -> float:
+    """Used over allowed, from the first look at the buckets after a moment to the last one before the end.
+
+    Allowed is what the bucket held at first and what flowed in, less what was others'.
+    """
+    levels = [level for level in books.levels if since <= level.at <= books.seconds]
     flowed = sum(
         (after.at - before.at) / 60 * before.limits[bucket] * (1 - before.others) for before, after in pairwise(levels)
     )
-    return max(0.0, levels[0].there[bucket]) + flowed
-
-
-def share(books: Books, bucket: str, since: float) -> float:
-    """Used over allowed, from a moment to the end."""
-    return used(books, bucket, since, books.seconds) / allowed(books, bucket, since)
+    allowed = max(0.0, levels[0].there[bucket]) + flowed
+    return used(books, bucket, levels[0].at, levels[-1].at) / allowed
 
 
 def refused(books: Books, since: float) -> float:

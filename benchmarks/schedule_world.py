@@ -24,7 +24,7 @@ from batcher import dialects, engine
 from batcher.errors import BatcherError
 from batcher.job import from_document
 from batcher.records import Failure, Kind, Reply, Request, Snapshot
-from batcher.simulator import Front, ModelTransport, Recorded, Settings, VirtualLoop
+from batcher.simulator import Entry, Front, ModelTransport, Recorded, Settings, VirtualLoop
 from benchmarks.schedule_books import Booked, Books, Level, Seen, Sent
 
 _Ts = TypeVarTuple("_Ts")
@@ -156,16 +156,12 @@ def play(world: World, client: Client, refusal: Callable[[Reply], Failure] = CER
 
 
 async def _play(world: World, client: Client, refusal: Callable[[Reply], Failure], loop: VirtualLoop) -> None:
-    answers = Sized(world.lengths.completions)
-    settings = Settings(answers=answers, seed=world.seed, cache_tokens=0, **world.settings)
-    front = Front(settings, loop.time, 1_790_000_000.0, record=True)
+    front = Front(settings_of(world), loop.time, 1_790_000_000.0, record=True)
     transport = ModelTransport(front, f"Bearer {KEY}", world.timeout, refusal)
     line = Line(transport, world.books.sent)
 
     def look() -> None:
-        limits = front.service.settings.limits_of(MODEL, "default")
-        there = front.service.levels(MODEL, loop.time())
-        world.books.levels.append(Level(loop.time(), there, limits, front.service.settings.others))
+        world.books.levels.append(level(front, loop.time(), loop.time()))
 
     def happen(event: Event) -> None:
         transport.unreachable = event.unreachable
@@ -180,49 +176,71 @@ async def _play(world: World, client: Client, refusal: Callable[[Reply], Failure
     loop.call_at(world.seconds, lambda: loop.deliver(signal.SIGTERM) or task.cancel())
     with suppress(asyncio.CancelledError):
         await task
-    assert loop.time() >= world.seconds, "the client had no more to ask before the end: too few rows"
-    for entry in front.book:
-        charged = entry.charged > 0
-        tokens = (1.0, float(entry.settled), float(entry.settled_uncached))
-        world.books.booked.append(
-            Booked(
-                entry.arrived,
-                entry.answered_at,
-                entry.status,
-                entry.served_at,
-                charged,
-                tokens if charged else (0.0, 0.0, 0.0),
-            )
+    assert loop.time() > world.seconds - 1e-3, "the client had no more to ask before the end: too few rows"
+    world.books.booked = booked(front.book, 0.0)
+
+
+def settings_of(world: World) -> Settings:
+    """The service of a world."""
+    return Settings(answers=Sized(world.lengths.completions), seed=world.seed, cache_tokens=0, **world.settings)
+
+
+def level(front: Front, now: float, at: float) -> Level:
+    """What is in the buckets at a moment of the service's clock, which the books call `at`."""
+    settings = front.service.settings
+    return Level(at, front.service.levels(MODEL, now), settings.limits_of(MODEL, "default"), settings.others)
+
+
+def booked(book: Sequence[Entry], origin: float) -> list[Booked]:
+    """The service's book, with times from an origin of its clock."""
+    return [
+        Booked(
+            entry.arrived - origin,
+            None if entry.answered_at is None else entry.answered_at - origin,
+            entry.status,
+            None if entry.served_at is None else entry.served_at - origin,
+            entry.charged > 0,
+            (1.0, float(entry.settled), float(entry.settled_uncached)) if entry.charged else (0.0, 0.0, 0.0),
         )
+        for entry in book
+    ]
 
 
 async def ours(world: World, line: Line) -> None:
     """The real engine, over rows in memory and an output in memory."""
     os.environ[KEY_NAME] = KEY
-    lengths, books, now = world.lengths, world.books, asyncio.get_running_loop().time
-    table = pa.table({"text": [prompt(row, tokens) for row, tokens in enumerate(lengths.prompts)]})
+    table, books, now = texts(world.lengths), world.books, asyncio.get_running_loop().time
 
     def watch(snapshot: Snapshot) -> None:
         books.seen.append(Seen(now(), snapshot.in_flight, snapshot.window, snapshot.binds))
         books.failed = snapshot.failed
 
     with tempfile.TemporaryDirectory(dir=MEMORY, prefix="batcher-schedule-") as folder:
-        document = {
-            "name": "schedule",
-            "request": {"model": MODEL, "prompt": "{{ text }}", "max_completion_tokens": world.cap},
-            "service": {
-                "base_url": "https://simulated.invalid/v1",
-                "api_key_env": KEY_NAME,
-                "dialect": "cerebras",
-                "timeout": f"{world.timeout:g}s",
-            },
-            "schedule": dict(world.schedule),
-            "output": {"path": "out", "keep": []},
-        }
+        document = job_of(world, "https://simulated.invalid/v1")
         job = from_document(document, Path(folder), "job.toml")
         with suppress(BatcherError):  # it is asked to end
             await engine.run(job, table=table, transport=line, watch=watch, signals=True)
         books.waited.update(waits(Path(folder, "out", "responses")))
+
+
+def texts(lengths: Lengths) -> pa.Table:
+    """The rows, in the column `text`."""
+    return pa.table({"text": [prompt(row, tokens) for row, tokens in enumerate(lengths.prompts)]})
+
+
+def job_of(world: World, base_url: str) -> dict[str, dict[str, object]]:
+    """The job that the engine runs in a world, but for its input."""
+    return {
+        "request": {"model": MODEL, "prompt": "{{ text }}", "max_completion_tokens": world.cap},
+        "service": {
+            "base_url": base_url,
+            "api_key_env": KEY_NAME,
+            "dialect": "cerebras",
+            "timeout": f"{world.timeout:g}s",
+        },
+        "schedule": dict(world.schedule),
+        "output": {"path": "out", "keep": []},
+    }
 
 
 def waits(responses: Path) -> dict[int, float]:
