@@ -126,6 +126,21 @@ class Limit(NamedTuple):
     reset: float | None
 
 
+class KnownLimit(NamedTuple):
+    """A limit of a service as one run leaves it to the next; `stated` by headers, else learned from refusals.
+
+    `limit` is units per `window` seconds.
+    """
+
+    host: str
+    model: str
+    tier: str | None
+    resource: str
+    window: float
+    limit: float
+    stated: bool
+
+
 class Reply(NamedTuple):
     """A whole HTTP answer, its body read to the end and not yet looked into."""
 

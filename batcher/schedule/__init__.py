@@ -1,5 +1,5 @@
 """When a request may go: quota, capacity, retries; one dispatcher."""
 
-from batcher.schedule.dispatcher import Dispatcher, Pace, Pressure, Ticket
+from batcher.schedule.dispatcher import Decision, Dispatcher, Pace, Pressure, Ticket
 
-__all__ = ["Dispatcher", "Pace", "Pressure", "Ticket"]
+__all__ = ["Decision", "Dispatcher", "Pace", "Pressure", "Ticket"]
