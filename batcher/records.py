@@ -423,6 +423,8 @@ class Snapshot(NamedTuple):
     seconds: float
     phase: str
     """starting, running, draining, publishing; at the end the summary's state."""
+    until: float | None = None
+    """The Unix time until which nothing goes, where it is known and a minute or more away."""
 
 
 class Second(msgspec.Struct, kw_only=True):
@@ -478,6 +480,10 @@ class Note(msgspec.Struct, kw_only=True):
     snapshot: Snapshot
     troubles: dict[str, Trouble]
     """By kind, of this run."""
+    decisions: tuple[tuple[int, str], ...] = ()
+    """The last that the scheduler decided, and why, each with its second of UTC."""
+    limits: tuple[KnownLimit, ...] = ()
+    """What is known of services' limits, for the next run."""
 
 
 class Summary(msgspec.Struct, kw_only=True):
@@ -530,6 +536,8 @@ class Status(msgspec.Struct, kw_only=True):
     """Sent by this run, as `refused` and `troubles`."""
     refused: int = 0
     troubles: dict[str, Trouble] = {}
+    decisions: tuple[tuple[int, str], ...] = ()
+    """The last that its scheduler decided, each with its second of UTC."""
     prompt_tokens: int = 0
     """Billed, or maybe billed, by all runs, as `completion_tokens` and `cost_usd`."""
     completion_tokens: int = 0

@@ -71,12 +71,19 @@ class Window:
         self._cut_at = now
         self._since_cut = [0, 0]
 
-    def restart(self, good: float, now: float) -> None:
-        """The service is back after an outage: begin small, grow quickly to what was good before."""
+    def restart(self, good: float, lost: int, now: float) -> None:
+        """The service is back after an outage: begin small, grow quickly to what was good before.
+
+        `lost` requests of the outage are still out: they are beside the one that may go.
+        """
         self._good, self._peak = good, max(good, self._peak)
-        self.size = 1.0
+        self.size = min(1.0 + lost, float(self.ceiling))
         self._cut_at = now
         self._since_cut = [0, 0]
+
+    def given_up(self) -> None:
+        """One that was lost to an outage that is over has been given up."""
+        self.size = max(1.0, self.size - 1.0)
 
     def _judge(self, now: float) -> None:
         """Cut when queue times were long over two spans, by about the share of the time that is spent queueing."""

@@ -13,6 +13,8 @@ AUTO_START = 8
 AUTO_CEILING = 1024
 RETRY_BUDGET = 500.0
 """Retries draw about 5 each and get it back when they are answered; every answer gives 0.5, every second 1."""
+FEW_WAITING, MOST_WAITING = 256, 10_000
+"""Rows that should wait of each model, where its window is not larger; and that may wait of all where some has few."""
 _MOST_IN_FLIGHT = "schedule.max_in_flight"
 
 
@@ -201,10 +203,12 @@ class Dispatcher:
         """Rows that were never sent yet."""
         return sum([len(lane.fresh) for lane in self._order])
 
-    @property
-    def shortest(self) -> int:
-        """Rows that were never sent yet, of the model that has the fewest of them."""
-        return min([len(lane.fresh) for lane in self._order])
+    def hungry(self, most: float = inf) -> bool:
+        """Whether more rows are wanted: some model has few, and all together have no more than `most`."""
+        if len(self._order) == 1:
+            return len(self._order[0].fresh) <= min(most, max(FEW_WAITING, int(self._order[0].window.size)))
+        few = any(len(lane.fresh) <= max(FEW_WAITING, int(lane.window.size)) for lane in self._order)
+        return few and self.waiting <= min(most, MOST_WAITING)
 
     @property
     def idle(self) -> bool:

@@ -72,10 +72,10 @@ class Lane:
         Rows that are asked again go first, but for the probes of an outage: those are made by rows that have not
         failed yet, so that an outage uses up nobody's attempts.
         """
-        if self.again and self.again[0][0] <= now and self.again[0][2] <= budget:
-            if not (self.fresh and self.breaker.doubtful):
-                _, _, cost, turn = self.again[0]
-                return turn, cost
+        spared = self.fresh and self.breaker.doubtful
+        if self.again and self.again[0][0] <= now and self.again[0][2] <= budget and not spared:
+            _, _, cost, turn = self.again[0]
+            return turn, cost
         return (self.fresh[0], 0.0) if self.fresh else None
 
     def drop(self, turn: Turn) -> None:
@@ -102,9 +102,7 @@ class Lane:
             used = float(prompt + completion)
             self.quota.settle(amounts, (1.0, used, used - (usage.cached_tokens or 0)), now)
 
-    def failed(
-        self, failure: Failure, turn: Turn, amounts: Amounts, sent: float, marks: Amounts, now: float
-    ) -> None:
+    def failed(self, failure: Failure, turn: Turn, amounts: Amounts, sent: float, marks: Amounts, now: float) -> None:
         """A request failed: give back what it did not use, and slow down as it says."""
         kind, before = failure.kind, self.window.size
         # What went before an outage was over and is lost now, was lost to the outage.
@@ -117,7 +115,9 @@ class Lane:
             self.window.congested(sent, now)
         if self.window.size < before:
             self._note(now, f"window {before:.0f} to {self.window.size:.0f}: {kind}")
-        if kind not in _TELLS_NOTHING and not (late and kind in _BROKEN):
+        if late and kind in _BROKEN:
+            self.window.given_up()
+        elif kind not in _TELLS_NOTHING:
             self._observe(kind in _BROKEN, kind, now)
         self.out -= 1
         if kind in _NOT_CONSUMED:
@@ -137,7 +137,7 @@ class Lane:
         """Tell the breaker how an attempt ended."""
         opened = self.breaker.open_since
         if self.breaker.observe(broken, 0 if kind in _UNREACHABLE else self.out, now, kind in _LOST):
-            self.window.restart(self._good, now)
+            self.window.restart(self._good, self.out - 1, now)
             self._note(now, "the outage is over")
         elif opened is None and self.breaker.open_since is not None:
             self._note(now, f"an outage begins: {kind}")

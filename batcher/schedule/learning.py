@@ -9,7 +9,7 @@ MOST_RESERVED = 16_384.0
 _SLOWLY = 0.05
 """The weight of one answer among all before it."""
 _FIRST_PATIENCE, _PATIENCE = 10.0, 60.0
-"""Seconds after a refusal in which a rate that was not refused again doubles: while it is unsure, and once it is not."""
+"""Seconds after a refusal in which a rate that is not refused again doubles: while it is unsure, and later."""
 _FEW = 3
 """Requests that must have gone before a rate is made of them."""
 _ENOUGH = 0.02
@@ -25,7 +25,7 @@ class Learned:
     __slots__ = ("_full", "_patience", "_since", "_spent", "base")
 
     def __init__(self, base: float | None, since: float, full: float) -> None:
-        """`base` is units per second, where it is known from before; at `since` up to `full` seconds' worth was there."""
+        """`base` is units per second, where it is known; at `since` there were at most `full` seconds' worth."""
         self.base = base
         self._since, self._spent, self._full = since, 0.0, full
         self._patience = _FIRST_PATIENCE

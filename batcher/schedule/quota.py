@@ -13,6 +13,8 @@ _UNSTATED_BURST = 5.0
 """Seconds' worth that may go at once of a limit that nobody states: a wait after a refusal must not be lost."""
 _LONGEST_LEARNED = 60.0
 """Seconds: limits of longer windows are not learned from refusals, which would take as long."""
+_FIRST_RESERVE, _MOST_RESERVE = 0.25, 4.0
+"""Seconds' worth that stay in a stated limit that refused all the same: others draw from it, or it is told late."""
 _DAY, _HOUR = 86_400.0, 3_600.0
 _WINDOWS = {1.0: "second", 60.0: "minute", _HOUR: "hour", _DAY: "day"}
 
@@ -38,7 +40,7 @@ class Bucket:
 
     __slots__ = (
         *("blocked_until", "capacity", "flow", "heard", "learned", "level", "most", "name", "promised", "rate"),
-        *("returns", "unfit", "updated", "which", "window"),
+        *("reserve", "returns", "unfit", "updated", "which", "window"),
     )
 
     def __init__(
@@ -60,6 +62,8 @@ class Bucket:
         """When the request was sent whose headers were last believed."""
         self.returns = Returns()
         self.learned: Learned | None = None
+        self.reserve = 0.0
+        """What is left in it."""
         self.unfit = inf
         """A request of this size was refused by the full bucket."""
 
@@ -106,7 +110,7 @@ class Bucket:
         if self.rate is None or self.promised:
             return self.blocked_until
         self._refill(now)
-        missing = min(cost, self.capacity) - self.level
+        missing = min(cost + self.reserve, self.capacity) - self.level
         if missing <= 1e-9:
             return self.blocked_until
         return max(self.blocked_until, now + missing / self.rate)
@@ -147,8 +151,11 @@ class Bucket:
 
     def refused(self, cost: float, since: float, sent: float, began: float, now: float) -> None:
         """A request of this cost, given back by now, found it empty at `sent`; `since` was charged after that."""
-        if self.rate is not None and self.stated and cost > self.capacity:
-            self.unfit = min(self.unfit, cost)
+        if self.stated:
+            most = min(0.1 * self.capacity, _MOST_RESERVE * (self.rate or 0.0))
+            self.reserve = min(most, max(2 * self.reserve, _FIRST_RESERVE * (self.rate or 0.0)))
+            if cost > self.capacity:
+                self.unfit = min(self.unfit, cost)
         if self.stated or self.window > _LONGEST_LEARNED:
             return
         learned = self.learned or Learned(None, began, self.window)
@@ -175,7 +182,7 @@ class Bucket:
         if limit.limit > 0 and (self.rate is None or limit.limit != self.capacity):
             self.capacity = self.most = limit.limit
             self.rate = limit.limit / limit.window
-            self.learned, self.unfit = None, inf
+            self.learned, self.reserve, self.unfit = None, 0.0, inf
             self.returns.forget()
         least = limit.remaining - since
         if first:
@@ -236,8 +243,9 @@ class Quota:
     def exceeded(self, amounts: Amounts, least: float) -> str | None:
         """The limit of the service that a request can never fit; its true size may be this share of its amounts."""
         for bucket in self._theirs.values():
-            if which := bucket.which:
-                if amounts[which] >= bucket.unfit or (bucket.stated and 0 < bucket.capacity < least * amounts[which]):
+            if bucket.which:
+                amount, stated = amounts[bucket.which], bucket.stated and bucket.capacity > 0
+                if amount >= bucket.unfit or (stated and least * amount > bucket.capacity):
                     return f"{bucket.capacity:,.0f} {bucket.name}"
         return None
 
