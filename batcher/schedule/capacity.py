@@ -1,6 +1,7 @@
 """How much the service can digest: a window over what is in flight, and a breaker for when nothing answers."""
 
 from collections import deque
+from math import inf
 from statistics import median
 
 SPAN = 1.0
@@ -32,7 +33,7 @@ class Window:
         self._span_from = now
         self._queued: list[float] = []
         self._latencies: list[float] = []
-        self._calm = float("inf")
+        self._calm = inf
         self._slow_spans = 0
         self._slow_at_cut: float | None = None
         """The queue time for which it was last cut: where a cut does not shorten it, it is not ours."""
@@ -120,12 +121,14 @@ class Breaker:
 
     def __init__(self) -> None:
         self.open_since: float | None = None
-        self.closed_at = float("-inf")
+        self.closed_at = -inf
         """When an outage was last over: what went before says nothing of the time after."""
         self._probe_at = 0.0
         self._recent: deque[tuple[float, bool]] = deque(maxlen=200)
         self._row = self._lost = 0
         """Broken attempts without an answer between them: all, and those that cannot be a row's own fault."""
+        self._lost_from = -inf
+        """When the first of those went."""
         self._moved_at = 0.0
 
     def ready(self, now: float, out: int = 0) -> float:
@@ -151,14 +154,18 @@ class Breaker:
         self._moved_at = now
         self._probe_at = now + self.PROBE_EVERY
 
-    def observe(self, broken: bool, in_flight: int, now: float, lost: bool = False) -> bool:
-        """An attempt ended. True when an outage is over.
+    def observe(self, broken: bool, in_flight: int, now: float, lost: bool = False, sent: float = inf) -> bool:
+        """An attempt that went at `sent` ended. True when an outage is over.
 
         Ten failures in a row open the breaker, or as many as are in flight: connections are cut by the dozen. Where
-        none was even made, say 0. `lost` says that it cannot have been the row's own fault.
+        none was even made, say 0. `lost` says that it cannot have been the row's own fault. What went before the first
+        that was lost says nothing of the time after.
         """
+        if not broken and sent < self._lost_from:
+            return False
         if not broken:
             was_open = self.open_since is not None
+            self._lost_from = -inf
             self.open_since, self._row, self._lost = None, 0, 0
             if was_open:
                 self.closed_at = now
@@ -166,6 +173,8 @@ class Breaker:
             self._recent.append((now, False))
             return was_open
         self._row += 1
+        if lost and not self._lost:
+            self._lost_from = sent
         self._lost += lost
         self._moved_at = now
         self._recent.append((now, True))

@@ -94,6 +94,7 @@ class Dispatcher:
         self._order: list[Lane] = [self._open("", None, now)]
         self._next = 0
         self._pushed = 0
+        self._waiting = 0
         self._retries = RETRY_BUDGET
         self._retries_at = now
         self._blocked_until = now
@@ -107,19 +108,21 @@ class Dispatcher:
 
     def offer(self, turns: Sequence[Turn]) -> None:
         """Rows that were never asked."""
+        self._waiting += len(turns)
         for turn in turns:
             self._lane(turn).fresh.append(turn)
 
     def again(self, turn: Turn, cost: float) -> None:
         """A row that is to be asked again from `turn.ready` on; `cost` is drawn from the retry budget as it goes."""
         self._pushed += 1
+        self._waiting += 1
         self._lane(turn).push(turn, self._pushed, cost)
 
     def take(self, now: float) -> Ticket | float | None:
         """The next request with the right to send it; or the moment to ask again; or None: when something happened."""
         self._now = now
         lanes = self._order
-        if not any([lane.waiting for lane in lanes]):
+        if not self._waiting:
             self._bind("input", now)
             return None
         if self.in_flight >= self.window_size:
@@ -132,7 +135,7 @@ class Dispatcher:
         soonest, why = inf, ""
         for number in range(self._next, self._next + len(lanes)):
             lane = lanes[number % len(lanes)]
-            if lane.waiting:
+            if lane.fresh or lane.again:
                 granted = self._from(lane, budget, now)
                 if isinstance(granted, Ticket):
                     self._next = (number + 1) % len(lanes)
@@ -213,7 +216,7 @@ class Dispatcher:
     @property
     def idle(self) -> bool:
         """Whether nothing waits and nothing is in flight."""
-        return not (self.in_flight or any(lane.waiting for lane in self._order))
+        return not (self.in_flight or self._waiting)
 
     def pressure(self) -> Pressure:
         """The state in numbers and a word."""
@@ -267,8 +270,10 @@ class Dispatcher:
         if lane.out >= int(lane.window.size):
             return inf, "capacity" + lane.name
         down = lane.breaker.doubtful
-        if (until := max(lane.waits_until, lane.breaker.ready(now, lane.out))) > now:
-            return until, "outage" if down else "the service's wait"
+        if down and (probe := lane.breaker.ready(now, lane.out)) > now:
+            return max(probe, lane.waits_until), "outage"
+        if lane.waits_until > now:
+            return lane.waits_until, "the service's wait"
         found = lane.next(now, budget)
         if found is None:
             ready, _, cost, _ = lane.again[0]
@@ -278,14 +283,16 @@ class Dispatcher:
         size = len(turn.request.body)
         if self._bytes + size > self._memory and self._bytes:
             return inf, "memory"
-        if exceeds := lane.exceeded(amounts):
+        if amounts[1] >= lane.quota.fits and (exceeds := lane.quota.exceeded(amounts)):
             lane.drop(turn)
+            self._waiting -= 1
             self.in_flight += turn.attempt > 1  # a row that was never sent takes no place
             return Ticket(turn, now, amounts[1], amounts[2], 0.0, False, (0.0, 0.0, 0.0), exceeds)
         at, what = lane.quota.ready(amounts, now)
         if at > now:
             return at, what + lane.name
         lane.drop(turn)
+        self._waiting -= 1
         self._retries -= cost
         marks = lane.quota.charge(amounts, now)
         lane.out += 1

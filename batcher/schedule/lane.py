@@ -17,8 +17,6 @@ _TELLS_NOTHING = {Kind.STALE_CONNECTION, Kind.LOCAL_RESOURCES}
 """Failures from which nobody learns whether the service answers."""
 _ASKED_TO_WAIT = {Kind.RATE_LIMITED, Kind.DAY_QUOTA}
 _NOT_CONSUMED = {*_UNREACHABLE, Kind.RATE_LIMITED, Kind.OVERLOADED, Kind.DAY_QUOTA, Kind.LOCAL_RESOURCES}
-_SURELY = 0.8
-"""The share of an estimate that a request takes at least: prompts are reckoned before they are counted."""
 
 
 class Lane:
@@ -48,19 +46,10 @@ class Lane:
         self._good = self.window.size
         self._note = note
 
-    @property
-    def waiting(self) -> bool:
-        """Whether there is a row that may be sent, now or later."""
-        return bool(self.fresh or self.again)
-
     def amounts(self, turn: Turn) -> Amounts:
         """What a request is charged before it is known what it takes."""
         tokens, uncached = self.sizes.estimate(turn.request)
         return 1.0, tokens, uncached
-
-    def exceeded(self, amounts: Amounts) -> str | None:
-        """The limit that is smaller than such a request by itself."""
-        return self.quota.exceeded(amounts, _SURELY)
 
     def push(self, turn: Turn, order: int, cost: float) -> None:
         """A row that is to be asked again."""
@@ -94,13 +83,14 @@ class Lane:
         if self.window.size < before:
             self._note(now, f"window {before:.0f} to {self.window.size:.0f}: requests queue")
         self.quota.answered()
-        self._observe(False, None, now)
+        if self.breaker.observe(False, self.out, now, sent=sent):
+            self._back(now)
         self.out -= 1
         prompt, completion = usage.prompt_tokens, usage.completion_tokens
         if prompt is not None and completion is not None:
             self.sizes.answered(turn.request, prompt, completion, usage.cached_tokens or 0)
-            used = float(prompt + completion)
-            self.quota.settle(amounts, (1.0, used, used - (usage.cached_tokens or 0)), now)
+            used = prompt + completion
+            self.quota.settle((0.0, amounts[1] - used, amounts[2] - used + (usage.cached_tokens or 0)))
 
     def failed(self, failure: Failure, turn: Turn, amounts: Amounts, sent: float, marks: Amounts, now: float) -> None:
         """A request failed: give back what it did not use, and slow down as it says."""
@@ -118,10 +108,10 @@ class Lane:
         if late and kind in _BROKEN:
             self.window.given_up()
         elif kind not in _TELLS_NOTHING:
-            self._observe(kind in _BROKEN, kind, now)
+            self._observe(kind in _BROKEN, kind, sent, now)
         self.out -= 1
         if kind in _NOT_CONSUMED:
-            self.quota.give_back(amounts, now)
+            self.quota.give_back(amounts)
         self.quota.told(failure.limits, sent, marks, now)
         if kind in _ASKED_TO_WAIT:
             if not turn.request.output_tokens and self.quota.first(sent) and _names_tokens(failure.limits):
@@ -133,14 +123,18 @@ class Lane:
             self.waits_until = max(self.waits_until, now + seconds)
             self._note(now, f"all wait for {seconds:.0f} s: {kind}")
 
-    def _observe(self, broken: bool, kind: Kind | None, now: float) -> None:
-        """Tell the breaker how an attempt ended."""
+    def _observe(self, broken: bool, kind: Kind, sent: float, now: float) -> None:
+        """Tell the breaker how an attempt failed."""
         opened = self.breaker.open_since
-        if self.breaker.observe(broken, 0 if kind in _UNREACHABLE else self.out, now, kind in _LOST):
-            self.window.restart(self._good, self.out - 1, now)
-            self._note(now, "the outage is over")
+        out_of = 0 if kind in _UNREACHABLE else self.out
+        if self.breaker.observe(broken, out_of, now, kind in _LOST, sent):
+            self._back(now)
         elif opened is None and self.breaker.open_since is not None:
             self._note(now, f"an outage begins: {kind}")
+
+    def _back(self, now: float) -> None:
+        self.window.restart(self._good, self.out - 1, now)
+        self._note(now, "the outage is over")
 
 
 def _names_tokens(limits: Sequence[Limit]) -> bool:

@@ -7,6 +7,8 @@ from batcher.records import Failure, KnownLimit, Limit
 from batcher.schedule.learning import Learned, Returns
 
 RESOURCES = ("requests", "tokens", "uncached_tokens")
+SURELY = 0.8
+"""The share of its estimate that a request takes at least: prompts are reckoned before they are counted."""
 BURST = 1.0
 """Seconds' worth of a job's own rate that may go at once; the service's buckets may be drained whole."""
 _UNSTATED_BURST = 5.0
@@ -29,6 +31,16 @@ class Flow:
 
     def __init__(self) -> None:
         self.charged = self.spent = self.given = 0.0
+
+    def charge(self, amount: float) -> None:
+        """So much goes."""
+        self.charged += amount
+        self.spent += amount
+
+    def settle(self, unused: float) -> None:
+        """So much of it was not used."""
+        self.spent -= unused
+        self.given += unused
 
 
 class Bucket:
@@ -91,6 +103,11 @@ class Bucket:
         return self.heard > -inf
 
     @property
+    def fits(self) -> float:
+        """What goes must surely be less: as far as it is known how large it is, and how large a request."""
+        return min(self.unfit, self.capacity / SURELY if self.stated and self.capacity > 0 else inf)
+
+    @property
     def keeps(self) -> bool:
         """Whether the service seems to keep what was reserved and not used."""
         return self.returns.share < 0.5
@@ -109,8 +126,10 @@ class Bucket:
         """
         if self.rate is None or self.promised:
             return self.blocked_until
-        self._refill(now)
-        missing = min(cost + self.reserve, self.capacity) - self.level
+        if now > self.updated:
+            self._refill(now)
+        wanted = cost + self.reserve
+        missing = (wanted if wanted < self.capacity else self.capacity) - self.level
         if missing <= 1e-9:
             return self.blocked_until
         return max(self.blocked_until, now + missing / self.rate)
@@ -124,24 +143,24 @@ class Bucket:
 
     def charge(self, cost: float, now: float) -> None:
         """Take `cost` out."""
-        self._refill(now)
+        if now > self.updated:
+            self._refill(now)
         self.promised = False
         if self.learned is not None and self.level >= self.capacity:
             self.learned.rested(self.flow.spent - cost, self.window, now)
         if self.rate is not None:
             self.level -= cost
 
-    def give_back(self, cost: float, now: float) -> None:
+    def give_back(self, cost: float) -> None:
         """A request was never served: what it was charged is there again."""
-        self._refill(now)
         if self.rate is not None:
             self.level = min(self.most, self.level + cost)
 
-    def settle(self, unused: float, now: float) -> None:
+    def settle(self, unused: float) -> None:
         """An answer left so much of its charge unused, or took more, where it is below 0."""
-        self._refill(now)
         if self.rate is not None:
-            self.level = min(self.most, self.level + (unused * self.returns.share if unused > 0 else unused))
+            level = self.level + (unused * self.returns.share if unused > 0 else unused)
+            self.level = level if level < self.most else self.most
 
     def block(self, until: float) -> None:
         """The service refused for want of this: it is empty, and nothing goes before `until`."""
@@ -207,7 +226,7 @@ class Bucket:
 class Quota:
     """The buckets of one model and tier: the job's own, and the service's as they become known."""
 
-    __slots__ = ("_active", "_began", "_flows", "_note", "_own", "_refusals", "_refused_at", "_theirs")
+    __slots__ = ("_active", "_began", "_flows", "_note", "_own", "_refusals", "_refused_at", "_theirs", "fits")
 
     def __init__(
         self,
@@ -225,6 +244,8 @@ class Quota:
         ]
         self._theirs: dict[tuple[str, float], Bucket] = {}
         self._active: list[Bucket] = self._own
+        self.fits = inf
+        """Requests of fewer tokens are no larger than a whole limit."""
         self._began: float | None = None
         self._flows = (Flow(), Flow(), Flow())
         self._refusals = 0
@@ -240,13 +261,11 @@ class Quota:
                 return at, bucket.name
         return now, ""
 
-    def exceeded(self, amounts: Amounts, least: float) -> str | None:
-        """The limit of the service that a request can never fit; its true size may be this share of its amounts."""
+    def exceeded(self, amounts: Amounts) -> str | None:
+        """The limit of the service that a request of more than `fits` tokens can never fit."""
         for bucket in self._theirs.values():
-            if bucket.which:
-                amount, stated = amounts[bucket.which], bucket.stated and bucket.capacity > 0
-                if amount >= bucket.unfit or (stated and least * amount > bucket.capacity):
-                    return f"{bucket.capacity:,.0f} {bucket.name}"
+            if bucket.which and amounts[bucket.which] >= bucket.fits:
+                return f"{bucket.capacity:,.0f} {bucket.name}"
         return None
 
     def charge(self, amounts: Amounts, now: float) -> Amounts:
@@ -254,29 +273,27 @@ class Quota:
         if self._began is None:
             self._began = now
         requests, tokens, uncached = self._flows
-        for flow, amount in zip(self._flows, amounts, strict=True):
-            flow.charged += amount
-            flow.spent += amount
+        requests.charge(1.0)
+        tokens.charge(amounts[1])
+        uncached.charge(amounts[2])
         for bucket in self._active:
             bucket.charge(amounts[bucket.which], now)
         return requests.charged, tokens.charged, uncached.charged
 
-    def give_back(self, amounts: Amounts, now: float) -> None:
+    def give_back(self, amounts: Amounts) -> None:
         """What was charged was never used."""
         for flow, amount in zip(self._flows, amounts, strict=True):
             flow.spent -= amount
         for bucket in self._active:
-            bucket.give_back(amounts[bucket.which], now)
+            bucket.give_back(amounts[bucket.which])
 
-    def settle(self, amounts: Amounts, used: Amounts, now: float) -> None:
-        """So much was used of what was charged."""
-        for which in (1, 2):
-            flow, unused = self._flows[which], amounts[which] - used[which]
-            flow.spent -= unused
-            flow.given += unused
+    def settle(self, unused: Amounts) -> None:
+        """So much was not used of what was charged."""
+        self._flows[1].settle(unused[1])
+        self._flows[2].settle(unused[2])
         for bucket in self._active:
-            if which := bucket.which:
-                bucket.settle(amounts[which] - used[which], now)
+            if bucket.which:
+                bucket.settle(unused[bucket.which])
 
     def answered(self) -> None:
         """Something was answered: refusals are no longer in a row."""
@@ -345,6 +362,7 @@ class Quota:
             before = bucket.limit
             since = bucket.flow.charged - marks[bucket.which]
             bucket.refused(amounts[bucket.which], since, sent, self._began or sent, now)
+            self._choose()
             if bucket.limit is not None and bucket.limit != before:
                 self._note(now, f"{bucket.name}: {bucket.limit:,.0f}, by refusals")
 
@@ -369,3 +387,4 @@ class Quota:
         }
         own = [bucket for bucket in self._own if stated.get(bucket.which, inf) > bucket.most]
         self._active = [*own, *self._theirs.values()]
+        self.fits = min((bucket.fits for bucket in self._theirs.values() if bucket.which), default=inf)
