@@ -90,7 +90,7 @@ class Lane:
         if prompt is not None and completion is not None:
             self.sizes.answered(turn.request, prompt, completion, usage.cached_tokens or 0)
             used = prompt + completion
-            self.quota.settle((0.0, amounts[1] - used, amounts[2] - used + (usage.cached_tokens or 0)))
+            self.quota.settle((0.0, amounts[1] - used, amounts[2] - used + (usage.cached_tokens or 0)), now)
 
     def failed(self, failure: Failure, turn: Turn, amounts: Amounts, sent: float, marks: Amounts, now: float) -> None:
         """A request failed: give back what it did not use, and slow down as it says."""
@@ -111,7 +111,7 @@ class Lane:
             self._observe(kind in _BROKEN, kind, sent, now)
         self.out -= 1
         if kind in _NOT_CONSUMED:
-            self.quota.give_back(amounts)
+            self.quota.give_back(amounts, now)
         self.quota.told(failure.limits, sent, marks, now)
         if kind in _ASKED_TO_WAIT:
             if not turn.request.output_tokens and self.quota.first(sent) and _names_tokens(failure.limits):

@@ -151,13 +151,16 @@ class Bucket:
         if self.rate is not None:
             self.level -= cost
 
-    def give_back(self, cost: float) -> None:
+    def give_back(self, cost: float, now: float) -> None:
         """A request was never served: what it was charged is there again."""
+        self._refill(now)
         if self.rate is not None:
             self.level = min(self.most, self.level + cost)
 
-    def settle(self, unused: float) -> None:
+    def settle(self, unused: float, now: float) -> None:
         """An answer left so much of its charge unused, or took more, where it is below 0."""
+        if now > self.updated:
+            self._refill(now)
         if self.rate is not None:
             level = self.level + (unused * self.returns.share if unused > 0 else unused)
             self.level = level if level < self.most else self.most
@@ -280,20 +283,20 @@ class Quota:
             bucket.charge(amounts[bucket.which], now)
         return requests.charged, tokens.charged, uncached.charged
 
-    def give_back(self, amounts: Amounts) -> None:
+    def give_back(self, amounts: Amounts, now: float) -> None:
         """What was charged was never used."""
         for flow, amount in zip(self._flows, amounts, strict=True):
             flow.spent -= amount
         for bucket in self._active:
-            bucket.give_back(amounts[bucket.which])
+            bucket.give_back(amounts[bucket.which], now)
 
-    def settle(self, unused: Amounts) -> None:
+    def settle(self, unused: Amounts, now: float) -> None:
         """So much was not used of what was charged."""
         self._flows[1].settle(unused[1])
         self._flows[2].settle(unused[2])
         for bucket in self._active:
             if bucket.which:
-                bucket.settle(unused[bucket.which])
+                bucket.settle(unused[bucket.which], now)
 
     def answered(self) -> None:
         """Something was answered: refusals are no longer in a row."""
