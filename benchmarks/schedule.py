@@ -35,7 +35,7 @@ LONG_EACH, LONG_TIMES = 10, 50
 """One prompt of so many is so many times longer."""
 START, STOP, SOONER = 120.0, 420.0, 1.3
 """When an outage begins and ends, and how much sooner with each seed: probes go every so many seconds."""
-CHANGE = 180.5
+CHANGE = 120.5
 """When the account changes in mid-run."""
 LIMITS: Mapping[str, Any] = {
     "requests_per_minute": 1_000,
@@ -83,10 +83,10 @@ class Case:
 
     name: str
     bars: Sequence[Bar]
-    seconds: float = 660.0
+    seconds: float = 360.0
     divisor: int = 1
     cap: int = 1_000
-    rows: int = 14_000
+    rows: int = 8_000
     some_long: bool = False
     schedule: Mapping[str, object] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -112,16 +112,22 @@ _AFTER_REFUSAL = Bar("sent after the first refusal", lambda run: books.sent_afte
 _BEYOND_WINDOW = Bar("sent beyond the window", lambda run: books.sent_beyond_window(run, *run.outage), 30)
 
 _PLACES = 200
-_CAPACITY = (
-    Bar("share of best", lambda run: books.busy(run, _PLACES, MINUTE, run.seconds), 0.95, least=True, share=True),
-    Bar(
-        "share of best, worst 10 s",
-        lambda run: min(books.busy(run, _PLACES, at, at + 10) for at in range(60, int(run.seconds), 10)),
-        0.5,
-        least=True,
-        share=True,
-    ),
-)
+_SLOW = {"capacity": _PLACES, "queue_limit": 1.0, "seconds_per_completion_token": 0.06, **NONE}
+
+
+def _capacity(since: float, least: float) -> Sequence[Bar]:
+    """A share of the best on the whole, and half of it in every ten seconds: no collapse."""
+    return (
+        Bar("share of best", lambda run: books.busy(run, since, run.seconds), least, least=True, share=True),
+        Bar(
+            "share of best, worst 10 s",
+            lambda run: min(books.busy(run, at, at + 10) for at in range(int(since), int(run.seconds) - 9, 10)),
+            0.5,
+            least=True,
+            share=True,
+        ),
+    )
+
 
 CASES: Mapping[str, Case] = {
     case.name: case
@@ -146,24 +152,41 @@ CASES: Mapping[str, Case] = {
         Case(
             "limit-halved",
             (_share(UNCACHED, 0.95, CHANGE), _refused(0.01, CHANGE)),
-            seconds=660.0,
             events=(Event(CHANGE, HALF),),
         ),
         Case(
             "others-take-30",
             (_share(UNCACHED, 0.95, CHANGE), _refused(0.01, CHANGE)),
-            seconds=660.0,
             events=(Event(CHANGE, {"others": 0.3}),),
         ),
         Case("keeps-reservation", (_share(UNCACHED, 0.97), _refused(0.01)), settings={"keeps_reservation": True}),
         Case(
             "capacity",
-            _CAPACITY,
+            _capacity(MINUTE, 0.95),
             seconds=180.0,
             divisor=8,
             cap=125,
-            rows=60_000,
-            settings={"capacity": _PLACES, "queue_limit": 1.0, "seconds_per_completion_token": 0.03, **NONE},
+            rows=28_000,
+            settings=_SLOW,
+        ),
+        Case(
+            "capacity-halved",
+            _capacity(CHANGE + 30, 0.90),
+            seconds=270.0,
+            divisor=8,
+            cap=125,
+            rows=28_000,
+            settings=_SLOW,
+            events=(Event(CHANGE, {"capacity": _PLACES // 2}),),
+        ),
+        Case(
+            "capacity-drifts",
+            _capacity(MINUTE, 0.90),
+            seconds=240.0,
+            divisor=8,
+            cap=125,
+            rows=28_000,
+            settings={**_SLOW, "drift": {"": ((MINUTE, 1.0), (4 * MINUTE, 0.5))}},
         ),
         Case(
             "outage-503",
@@ -254,7 +277,7 @@ def sooner(case: Case) -> Case:
 
 def sockets_world(name: str, path: str | None) -> World:
     """A case for five minutes in real time."""
-    case = replace(CASES[name], seconds=SOCKETS_SECONDS, rows=8_000)
+    case = replace(CASES[name], seconds=SOCKETS_SECONDS)
     return world_of(case, path, 0)
 
 

@@ -35,12 +35,13 @@ class Booked:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What was in the buckets at a moment, what flows in a minute from then on, and what of that is for others."""
+    """What was in the buckets at a moment, and from then on: what flows in a minute, others' share of it, places."""
 
     at: float
     there: dict[str, float]
     limits: dict[str, float]
     others: float = 0.0
+    places: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +101,17 @@ def refused(books: Books, since: float) -> float:
     return sum(one.status == 429 for one in arrived) / max(1, len(arrived))
 
 
-def busy(books: Books, places: int, since: float, until: float) -> float:
-    """The share of so many places' time in which they served."""
+def busy(books: Books, since: float, until: float) -> float:
+    """The share of the time of all places in which they served."""
+    levels = [level for level in books.levels if since <= level.at <= until]
+    best = sum((after.at - before.at) * before.places for before, after in pairwise(levels))
+    since, until = levels[0].at, levels[-1].at
     served = sum(
         max(0.0, min(until, one.left) - max(since, one.served))
         for one in books.booked
         if one.served is not None and one.left is not None
     )
-    return served / (places * (until - since))
+    return served / best
 
 
 def sent_after_refusal(books: Books, start: float, stop: float) -> int:

@@ -188,7 +188,8 @@ def settings_of(world: World) -> Settings:
 def level(front: Front, now: float, at: float) -> Level:
     """What is in the buckets at a moment of the service's clock, which the books call `at`."""
     settings = front.service.settings
-    return Level(at, front.service.levels(MODEL, now), settings.limits_of(MODEL, "default"), settings.others)
+    there, limits = front.service.levels(MODEL, now), settings.limits_of(MODEL, "default")
+    return Level(at, there, limits, settings.others, sum(settings.places("", at)))
 
 
 def booked(book: Sequence[Entry], origin: float) -> list[Booked]:
