@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from benchmarks.dispatcher import dispatcher
 from benchmarks.large import large
@@ -10,7 +11,7 @@ from benchmarks.memory import memory
 from benchmarks.overhead import latency, overhead
 from benchmarks.payload import payload
 from benchmarks.resume import resume
-from benchmarks.schedule import CASES, CLIENTS, schedule, sockets
+from benchmarks.schedule import CASES, CLIENTS, plots, schedule, sockets
 
 QUESTIONS = ("overhead", "latency", "memory", "large", "resume", "payload", "dispatcher", "schedule")
 
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--sockets", action="store_true", help="schedule: its first two cases over real sockets instead"
     )
+    parser.add_argument("--plots", type=Path, help="schedule: draw some cases into this folder instead")
     parser.add_argument("--lengths", help="Parquet file of prompt_tokens and completion_tokens for schedule")
     arguments = parser.parse_args()
     if min(arguments.pairs, arguments.rows, arguments.seeds) < 1:
@@ -63,11 +65,13 @@ def main() -> None:
         answers += dispatcher()
     if answers:
         show(answers)
-    if arguments.question in (None, "schedule"):
+    if arguments.question == "schedule" and arguments.plots:
+        plots(arguments.plots, arguments.lengths)
+    elif arguments.question == "schedule" and arguments.sockets:
+        sys.exit(not sockets(arguments.lengths))
+    elif arguments.question in (None, "schedule"):
         names, clients = arguments.case or list(CASES), arguments.client or ["ours"]
-        good = arguments.sockets or schedule(names, arguments.seeds, arguments.lengths, clients)
-        if not good or (arguments.sockets and not sockets(arguments.lengths)):
-            sys.exit(1)
+        sys.exit(not schedule(names, arguments.seeds, arguments.lengths, clients))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How much of what the service allows the scheduler uses, case by case, in virtual time.
 
-    python -m benchmarks schedule [--case NAME] [--seeds N] [--client NAME] [--lengths FILE] [--sockets]
+    python -m benchmarks schedule [--case NAME] [--seeds N] [--client NAME] [--lengths FILE] [--sockets | --plots DIR]
 
 The client is the whole engine (`schedule_world.ours`), the service is the simulator's model with its books; only
 sockets and time are missing. Lengths of prompts and answers are drawn by seed from `azure_conv_lengths.parquet` (real
@@ -18,7 +18,7 @@ from typing import Any
 
 from batcher.records import Kind
 from benchmarks import schedule_books as books
-from benchmarks import schedule_sockets
+from benchmarks import schedule_plots, schedule_sockets
 from benchmarks.measure import CORES, ROOT
 from benchmarks.schedule_books import Books
 from benchmarks.schedule_peers import fixed, limited, refusal
@@ -211,6 +211,15 @@ CASES: Mapping[str, Case] = {
 }
 
 
+PLOTS: Mapping[str, tuple[str, str | None, Mapping[float, str]]] = {
+    "token-bound": ("Token-bound: 1M uncached tokens a minute", UNCACHED, {}),
+    "limit-halved": ("All limits halved in mid-run", UNCACHED, {CHANGE: "halved"}),
+    "outage-503": ("Five minutes of 503", UNCACHED, {START: "503", STOP: "well again"}),
+    "capacity": ("Room for 200 at once, no quota", None, {}),
+}
+"""Title, bucket, and marks in time."""
+
+
 @cache
 def source(path: str | None) -> tuple[list[int], list[int]]:
     """Prompt and completion tokens to draw from."""
@@ -269,6 +278,12 @@ def measured(name: str, path: str | None, seed: int, client: str) -> list[float]
     return [bar.measure(run) for bar in bars_of(case, world)]
 
 
+def played(name: str, path: str | None, seed: int, client: str) -> Books:
+    """The books of a case in little time, for whom they are drawn."""
+    world = world_of(sooner(CASES[name]), path, seed)
+    return play(world, ours) if client == "ours" else play(world, CLIENTS[client], refusal)
+
+
 def sooner(case: Case) -> Case:
     """The same in less time: who has most requests refused sends a hundred times as many."""
     since = CHANGE if case.events else MINUTE
@@ -293,6 +308,17 @@ def sockets(path: str | None) -> bool:
             told = "pass" if bar.holds(value) else "MISS"
             print(f"  {name} over sockets: {bar.figure} {bar.shown(value)}, must be {bar.must}: {told}", flush=True)
     return good
+
+
+def plots(folder: Path, path: str | None) -> None:
+    """Draw some cases for all clients into a folder."""
+    path = found(path)
+    with ProcessPoolExecutor(len(CORES)) as pool:
+        runs = {name: {client: pool.submit(played, name, path, 0, client) for client in CLIENTS} for name in PLOTS}
+        for name, (title, bucket, marks) in PLOTS.items():
+            books_of = {client: future.result() for client, future in runs[name].items()}
+            schedule_plots.plot(folder / f"schedule-{name}.svg", title, books_of, bucket, marks)
+            print(f"  {folder}/schedule-{name}.svg", flush=True)
 
 
 def found(path: str | None) -> str | None:
