@@ -155,9 +155,21 @@ CASES: Mapping[str, Case] = {
             events=(Event(CHANGE, HALF),),
         ),
         Case(
-            "others-take-30",
+            "others",
             (_share(UNCACHED, 0.95, CHANGE), _refused(0.01, CHANGE)),
             events=(Event(CHANGE, {"others": 0.3}),),
+        ),
+        Case(
+            "limit-halved-no-headers",
+            (_share(UNCACHED, 0.95, CHANGE), _refused(0.03, CHANGE)),
+            events=(Event(CHANGE, HALF),),
+            settings={"rate_headers": "none"},
+        ),
+        Case(
+            "others-no-headers",
+            (_share(UNCACHED, 0.95, CHANGE), _refused(0.03, CHANGE)),
+            events=(Event(CHANGE, {"others": 0.3}),),
+            settings={"rate_headers": "none"},
         ),
         Case("keeps-reservation", (_share(UNCACHED, 0.97), _refused(0.01)), settings={"keeps_reservation": True}),
         Case(
