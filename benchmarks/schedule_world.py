@@ -240,7 +240,7 @@ def job_of(world: World, base_url: str) -> dict[str, dict[str, object]]:
             "timeout": f"{world.timeout:g}s",
         },
         "schedule": dict(world.schedule),
-        "output": {"path": "out", "keep": []},
+        "output": {"path": "out", "keep": [], "rows_per_part": 1_000},
     }
 
 
