@@ -46,6 +46,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.pairs, arguments.rows, arguments.seeds) < 1:
         parser.error("--pairs, --rows and --seeds start at 1")
+    if arguments.lengths is not None and not Path(arguments.lengths).is_file():
+        parser.error(f"--lengths: no file {arguments.lengths}")
     raise_open_files()
     print(machine(), flush=True)
     answers: list[Answer] = []
