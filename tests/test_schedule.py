@@ -658,16 +658,16 @@ def test_a_learned_rate_never_stays_above_what_refusals_show(
         assert learned.base >= base / 2 or learned.base >= went / (seconds + 60.0)
 
 
-@pytest.mark.parametrize("limit", [60, 1_000])
+@pytest.mark.parametrize("limit", [30, 240])
 @pytest.mark.parametrize("pace", [Pace(), Pace(requests=3_000)], ids=["nothing known", "three times too high"])
 def test_a_limit_that_nobody_states_is_learned(limit: int, pace: Pace) -> None:
     """Refusals alone teach what the service allows: it is used, refusals become few, and the next run knows."""
     service = Simulated(Settings(requests_per_minute=limit), "x" * 80, 64, headers=False)
-    rows = [request(row, prompt=20, cap=64) for row in range(6 * limit)]
+    rows = [request(row, prompt=20, cap=64) for row in range(5 * limit)]
     made = Dispatcher(pace, 1_024, 0.0)
-    world = World(made, service, turns(*rows)).run(until=300.0)
+    world = World(made, service, turns(*rows)).run(until=240.0)
     late = [when for when, _, _ in world.answered if when >= 60.0]
-    assert len(late) >= 0.9 * 4 * limit
+    assert len(late) >= 0.9 * 3 * limit
     assert sum(when >= 60.0 for when, _, _ in world.refused) <= 0.05 * len(late)
     [known] = [known for known in made.known() if known.resource == "requests"]
     assert known.stated is False
@@ -686,11 +686,11 @@ def test_a_service_that_keeps_what_it_reserved_is_noticed() -> None:
     """Headers show that nothing comes back: it is charged so, used up, and hardly ever refused."""
     decisions: list[Decision] = []
     service = Simulated(Settings(keeps_reservation=True), "x" * 4_000, 2_000)
-    rows = [request(row, prompt=1_000, cap=2_000) for row in range(6_000)]
+    rows = [request(row, prompt=1_000, cap=2_000) for row in range(3_000)]
     made = Dispatcher(Pace(), 1_024, 0.0, trace=decisions.append)
-    world = World(made, service, turns(*rows)).run(until=300.0)
+    world = World(made, service, turns(*rows)).run(until=180.0)
     reserved = sum(3_000 for when, _, _ in world.answered if when >= 60.0)
-    assert reserved >= 0.95 * 4_000_000
+    assert reserved >= 0.95 * 2_000_000
     assert len(world.refused) <= 0.01 * len(world.sent)
     assert "uncached tokens per minute: what is reserved does not come back" in [each.what for each in decisions]
 
@@ -735,7 +735,7 @@ def test_a_stated_limit_that_refuses_all_the_same_is_not_emptied() -> None:
     first, _ = taken(made, 0.0, most=2)
     made.failed(first, refused(0.0, minute("requests", 600, 0)), 1.0)
     made.landed(1)
-    assert len(taken(made, 21.0)) == 200 - 3
+    assert len(taken(made, 21.0)) == 200 - 1 - 3  # one had gone before, and two and a half stay
 
 
 # Models
