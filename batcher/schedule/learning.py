@@ -10,6 +10,8 @@ _SLOWLY = 0.05
 """The weight of one answer among all before it."""
 _FIRST_PATIENCE, _PATIENCE = 10.0, 60.0
 """Seconds after a refusal in which a rate that is not refused again doubles: while it is unsure, and later."""
+_FIRST_REQUESTS, _REQUESTS = 10.0, 100.0
+"""The same in requests, where these take longer: a probe of the limit costs one of them."""
 _FEW = 3
 """Requests that must have gone before a rate is made of them."""
 _ENOUGH = 0.02
@@ -44,14 +46,15 @@ class Learned:
         """A request of this cost found too little at `sent`, when `spent` had gone in all."""
         went, seconds = max(0.0, spent - self._spent), max(1e-3, sent - self._since)
         least, most = (went - cost) / (seconds + self._full), (went + cost) / seconds
+        seldom = 0.0 if self.base is None else cost / self.base
         if self.base is None:
             if went >= _FEW * cost:
                 self.base = went / (seconds + self._full)
         elif least <= self.base <= most:
-            self._patience = min(_PATIENCE, 1.5 * self._patience)
+            self._patience = min(max(_PATIENCE, _REQUESTS * seldom), 1.5 * self._patience)
         else:
             self.base = max(went / (seconds + self._full), self.base / 2)
-            self._patience = _FIRST_PATIENCE
+            self._patience = max(_FIRST_PATIENCE, _FIRST_REQUESTS * seldom)
         self._since, self._spent, self._full = sent, spent, 0.0
 
 
