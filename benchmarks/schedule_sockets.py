@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -23,13 +24,15 @@ import pyarrow.parquet as pq
 
 from batcher.simulator import serve
 from benchmarks.measure import ROOT, loop_factory
-from benchmarks.schedule_books import Books
+from benchmarks.schedule_books import Books, Level
 from benchmarks.schedule_world import KEY, KEY_NAME, World, booked, job_of, level, settings_of, texts
 
 LOOK = 0.2
 """Seconds between looks into the buckets."""
-START_UP = 10.0
-"""Seconds that a run is given more, for it has to start."""
+START_UP = 120.0
+"""Seconds that a run is given until its first request."""
+LATER = 2.0
+"""Seconds that it goes on after the measure ended."""
 SERVICE = "benchmarks.schedule_sockets"
 
 
@@ -40,8 +43,12 @@ async def service(world: World) -> Books:
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     async with serve(settings_of(world), record=True) as simulated:
         print(simulated.url, flush=True)
-        levels = []
+        levels: list[Level] = []
+        asked = False
         while not stop.is_set():
+            if not asked and (simulated.book or simulated.in_flight):
+                asked = True
+                print("asked", flush=True)
             at = now()
             levels.append(level(simulated, at, at))
             with suppress(TimeoutError):
@@ -69,8 +76,11 @@ def play(name: str, lengths: str | None, world: World) -> Books:
             with subprocess.Popen(
                 run, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             ) as running:
+                if not select.select([serving.stdout], [], [], START_UP)[0]:
+                    running.terminate()
                 try:
-                    said, _ = running.communicate(timeout=world.seconds + START_UP)
+                    said, _ = running.communicate(timeout=world.seconds + LATER)
+                    serving.terminate()
                     raise SystemExit(f"the run was over too soon ({running.returncode}): {said}")
                 except subprocess.TimeoutExpired:
                     running.terminate()
