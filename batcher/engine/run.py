@@ -44,8 +44,8 @@ SETTLE = 10.0
 """Seconds that the disk is given to take what has arrived."""
 LOOK = 5.0
 """Seconds that a run's first request waits for the service to say which models it has."""
-LONGEST_WAIT = 3600.0
-"""Seconds: a bucket that takes longer to refill pauses the run instead."""
+LONGEST_WAIT = 300.0
+"""Seconds: with `wait = false` a limit that takes longer until the next request may go pauses the run instead."""
 PATIENCE = 6 * 3600.0
 PATIENCE_AT_FIRST = 120.0
 """Seconds that an outage may last: when something has answered before, and when nothing ever has."""
@@ -381,6 +381,7 @@ class _Run:
 
     def _snapshot(self) -> Snapshot:
         pressure, counts = self._dispatcher.pressure(), self._counts
+        until = self._waits_until()
         return Snapshot(
             total=self._feed.asked,
             answered=counts.answered_rows,
@@ -389,7 +390,7 @@ class _Run:
             in_flight=pressure.in_flight,
             window=pressure.window,
             waiting=pressure.fresh + pressure.retrying,
-            binds=self._timeline.binds,
+            binds=self._timeline.binds if until is None else pressure.binds,
             buckets=self._dispatcher.used(self._now()),
             requests=self._dispatcher.sent,
             refused=counts.refused,
@@ -398,7 +399,7 @@ class _Run:
             cost_usd=counts.cost,
             seconds=self._now() - self._started,
             phase=self._phase,
-            until=self._waits_until(),
+            until=until,
         )
 
     def _waits_until(self) -> float | None:
