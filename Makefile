@@ -6,6 +6,7 @@ BIN := .venv/bin
 
 quickstart: .venv/ready
 	$(BIN)/batcher run jobs/tickets.toml
+	$(BIN)/batcher results out/tickets
 
 test: .venv/ready-dev
 	$(BIN)/pytest -n 2
@@ -32,7 +33,7 @@ clean:
 	$(PYTHON) -c 'import sys; sys.exit("batcher needs Python 3.11 or newer; say make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[fast]'
+	$(BIN)/python -m pip install --quiet --editable '.[fast,results]'
 	touch $@
 
 .venv/ready-dev: .venv/ready

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 import pyarrow as pa
@@ -19,7 +20,10 @@ from batcher.job import SIMULATOR, Job, load
 from batcher.records import Snapshot, Summary
 from batcher.store import Results
 
-__all__ = ["Job", "Result", "Snapshot", "Summary", "aretry", "arun", "errors", "load", "retry", "run"]
+if TYPE_CHECKING:
+    from batcher.results import Scores
+
+__all__ = ["Job", "Result", "Snapshot", "Summary", "aretry", "arun", "errors", "load", "reparse", "retry", "run"]
 
 
 class Result:
@@ -38,6 +42,12 @@ class Result:
     def table(self) -> pa.Table:
         """The answered rows, in the input's order."""
         return self._read("responses")
+
+    def scores(self) -> "Scores":
+        """How good the answers are, for a job with `[score]`. Needs `batcher[results]`; raises batcher.errors."""
+        from batcher.results import measure
+
+        return measure(self.output)
 
     def failures(self) -> pa.Table:
         """The rows that ended without an answer; an empty table without columns when there are none."""
@@ -98,6 +108,19 @@ def retry(
     where there is no such row. Raises batcher.errors.
     """
     return anyio.run(_aretry, output, where, settings, abandon, input, watch, True, backend_options=_fast())
+
+
+def reparse(output: str | Path, settings: Sequence[str] = (), *, input: object = None) -> Result:
+    """Read the stored answers of a finished output again and write its parts anew; nothing is asked.
+
+    `settings` say how: `request.parse=…`, `request.choices=…`, `request.vote=…`, `request.response_format=…`, and the
+    keys of `[score]`; files and types that the job names for it are read anew. What is scored needs the input again:
+    `input` is the table that the rows came from, if they did. A reparse that was interrupted goes on when it is called
+    again.
+    Raises batcher.errors.
+    """
+    job, summary, _ = engine.reparse(output, settings, input)
+    return Result(job.results, summary)
 
 
 async def _aretry(

@@ -40,7 +40,7 @@ def access(service: Service, origin: str, base_url: str | None = None, queue_thr
     """
     base_url = (base_url or service.base_url).rstrip("/")
     local = service.base_url == SIMULATOR
-    dialect = dialects.named(service.dialect or ("cerebras" if local else dialects.of_url(base_url)))
+    dialect = dialect_of(service, base_url)
     key_env = service.api_key_env
     if key_env is None and not local and dialects.at_home(dialect, base_url):
         key_env = dialect.api_key_env
@@ -64,6 +64,12 @@ def access(service: Service, origin: str, base_url: str | None = None, queue_thr
         headers["Authorization"] = f"Bearer {key}"
         secrets += (key,)
     return Access(base_url, dialect, headers, key_env, tuple(extra), secrets)
+
+
+def dialect_of(service: Service, base_url: str | None = None) -> Dialect:
+    """How a service speaks: as the job says, else by its address, for which `base_url` may stand in."""
+    local = service.base_url == SIMULATOR
+    return dialects.named(service.dialect or ("cerebras" if local else dialects.of_url(base_url or service.base_url)))
 
 
 def _key(name: str, origin: str) -> str:

@@ -3,17 +3,19 @@
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from batcher.errors import BatcherError, JobError, StorageError
+from batcher.errors import BatcherError, InterruptedRunError, JobError, StorageError
 from batcher.records import Snapshot
 from batcher.report import Log, Progress, count, failure_lines, printable, render, status_text
 
@@ -250,6 +252,40 @@ def retry(
         _watched(results.name, results, quiet, log, go)
 
 
+@app.command()
+def reparse(
+    output: _Output,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="request.parse, .choices, .vote or .response_format, or a key of [score]; may be repeated.",
+        ),
+    ] = None,
+) -> None:
+    """Read stored answers again, as the job's schema or type is now, or otherwise; nothing is asked or paid.
+
+    Goes on with a reparse that was interrupted. Ends with 3 where rows have failed or do not fit.
+    """
+    from batcher import engine
+
+    try:
+        job, summary, done = engine.reparse(output, settings or ())
+    except KeyboardInterrupt:
+        raise InterruptedRunError("interrupted; the same command goes on from here", signal.SIGINT) from None
+    said = f"{job.results}: {count(done.rows)} answers are read again"
+    if done.mended:
+        said += f", {count(done.mended)} of them of rows that had failed"
+    if done.unfit:
+        said += f"; {count(done.unfit)} do not fit: parsed is null there"
+    _say(_shown(said))
+    if summary.totals.failed or done.unfit:
+        if summary.totals.failed:
+            _note(f"{count(summary.totals.failed)} rows have failed")
+        raise typer.Exit(3)
+
+
 def _tell_asked(snapshot: Snapshot, results: "Results", log: Log | None) -> None:
     """Say how many rows a retry asks, before it does."""
     if log:
@@ -259,6 +295,29 @@ def _tell_asked(snapshot: Snapshot, results: "Results", log: Log | None) -> None
     else:
         done = f", {count(snapshot.before)} of them done before" if snapshot.before else ""
         _say(f"{count(snapshot.total or 0)} rows are asked again{done}")
+
+
+@app.command()
+def results(
+    output: _Output,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it, as one JSON object.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="One line per number.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="For a page.")] = False,
+) -> None:
+    """Tell how good the answers of a job with [score] are: accuracy, labels, confusion, over all and by group."""
+    from batcher import results as scored
+
+    if as_json + as_csv + as_markdown > 1:
+        raise JobError("results: --json, --csv or --markdown, one of them")
+    scores = scored.measure(output)
+    if as_json:
+        _say(scored.as_json(scores))
+    elif as_csv:
+        _say(scored.as_csv(scores))
+    elif as_markdown:
+        _say(scored.as_markdown(scores))
+    else:
+        _say(scored.as_text(scores, get_terminal_size().columns if sys.stdout.isatty() else None))
 
 
 @app.command()
@@ -275,6 +334,8 @@ def verify(output: _Output) -> None:
         raise StorageError(f"{counted}; problems found: {count(len(verdict.problems))}")
     if verdict.again:
         counted += f"; {count(verdict.again)} are being asked again: batcher retry {output} goes on with it"
+    elif verdict.rereading:
+        counted += f"; answers are being read again: batcher reparse {output} goes on with it"
     elif verdict.pending is None:
         counted += "; the last run did not come to its end: run the job again"
     else:

@@ -76,7 +76,7 @@ def export(output: str | Path, to: Format, path: Path | None = None) -> Exported
             "failures": stack.enter_context(_Draft(failures)),
         }
         writers: dict[str, _Write] = {}
-        for folder, batch in _batches(results, columns):
+        for folder, batch in batches(results, columns):
             if folder not in writers:
                 writers[folder] = _writer(to, folder, endpoint, batch.schema.names)
             counts[folder] += batch.num_rows
@@ -89,7 +89,7 @@ def export(output: str | Path, to: Format, path: Path | None = None) -> Exported
         failures if counts["failures"] else None,
         counts["responses"],
         counts["failures"],
-        _pending(results, sum(counts.values())),
+        pending(results, sum(counts.values())),
     )
 
 
@@ -105,17 +105,18 @@ def _endpoint(results: Results) -> str:
         raise JobError(f"{results}/job.toml: is damaged, so the output cannot be exported") from None
 
 
-def _pending(results: Results, exported: int) -> int | None:
+def pending(results: Results, ended: int) -> int | None:
+    """Selected rows that are not among those that have ended; None while nobody knows."""
     try:
         summary = msgspec.json.decode(results.read("summary.json") or b"", type=Summary)
     except (StorageError, msgspec.DecodeError):
         return None
     if summary.selected is None or results.unfinished:
         return None
-    return max(0, summary.selected - exported)
+    return max(0, summary.selected - ended)
 
 
-def _batches(results: Results, columns: Mapping[str, Collection[str]]) -> Iterator[tuple[str, pa.RecordBatch]]:
+def batches(results: Results, columns: Mapping[str, Collection[str]]) -> Iterator[tuple[str, pa.RecordBatch]]:
     """The rows of all parts, in order, with their folder; an empty batch first for every part's columns."""
     there = (name.split("/") for name in results.parts())
     names = {name for folder, name in there if folder != "attempts" and fnmatch(name, "part-*.parquet")}

@@ -17,6 +17,7 @@ from msgspec import Meta, Struct
 
 from batcher.checks import allowed, place_of, shown, word
 from batcher.errors import JobError
+from batcher.imported import is_reference, json_schema
 from batcher.parameters import CHAT, COMPLETIONS, Count, Text, Tier, clash, is_template, misfit_given
 from batcher.records import Price, Rates
 from batcher.store import UNFINISHED, Bucket, Folder, Results, is_remote, unfit
@@ -49,6 +50,8 @@ class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     headers_env: Text | None = None
     encoding: Literal["json", "msgpack"] = "json"
     compression: Literal["none", "gzip"] = "none"
+    transport: Literal["aiohttp", "reqwest"] | None = None
+    """The HTTP library; None: the faster one that is installed."""
     timeout: float = 600.0
     proxy: bool = False
     prices: dict[str, Price] = {}
@@ -72,6 +75,7 @@ class Retry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     max_attempts: Annotated[int, Meta(ge=1, le=100)] = 6
     max_invalid: Annotated[int, Meta(ge=0, le=100)] = 2
+    repair: bool = False
 
 
 class Output(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -82,6 +86,42 @@ class Output(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     keep: list[Text] | Literal["all"] = "all"
     rows_per_part: Annotated[int, Meta(ge=1, le=10_000_000)] = 50_000
     raw: bool = False
+
+
+class Reading(Struct, frozen=True, kw_only=True):
+    """How the answers' texts are read; nothing of it is sent."""
+
+    parse: str | None = None
+    """`regex:…`, or `module:Type`."""
+    schema: dict[str, object] | None = None
+    """What JSON answers have to fit: the type's, or the job's own."""
+    schema_name: str = "answer"
+    choices: tuple[str, ...] | None = None
+    vote: bool = False
+
+    @property
+    def pattern(self) -> str | None:
+        """The regular expression that takes the value out of a text."""
+        given = self.parse or ""
+        return given.removeprefix(REGEX) if given.startswith(REGEX) else None
+
+
+class Score(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What answers are compared with, and how."""
+
+    target: Text
+    """The truth: a column of the input, or a template over its columns."""
+    method: Text = "exact"
+    """One of METHODS, or `module:function`."""
+    answer: Text | None = None
+    """What is compared: `regex:…`, a column of the answer, or a template over these. None: the answer itself."""
+    by: Text | None = None
+    """The column of the input by which results are grouped."""
+
+
+METHODS = ("exact", "number", "choice", "contains", "regex", "json")
+ANSWER = ("response", "parsed", "reasoning")
+"""What of an answer may be scored."""
 
 
 class RequestTemplate(Struct, frozen=True, kw_only=True):
@@ -96,17 +136,22 @@ class RequestTemplate(Struct, frozen=True, kw_only=True):
     body: str | None = None
     """A template that gives a whole request, in place of all parameters."""
     schema: dict[str, object] | None = None
+    """The schema that is sent as `response_format`, and its name."""
     schema_name: str = "answer"
+    reading: Reading = Reading()
 
 
-_SHORTHANDS = ("endpoint", "system", "prompt", "body", "extra")
+REGEX = "regex:"
+READING = ("parse", "choices", "vote")
+"""Keys of `[request]` that are not sent: they say how answers are read."""
+_SHORTHANDS = ("endpoint", "system", "prompt", "body", "extra", *READING)
+_WITHOUT_CHAT = ("endpoint", "body", "extra", *READING)
 _KEY_ITSELF = re.compile(r"(?=.*\d)(?=.*[a-z])\w{24,}", re.ASCII)
 """What nobody calls a variable: a service's key, some of which are words."""
 
 _LATER = {
     "schedule": ("deadline", "budget_usd", "dedupe"),
-    "retry": ("repair",),
-    "": ("sweep", "score"),
+    "": ("sweep",),
 }
 _LATER_VALUES = {
     ("request", "prompt_cache_key"): ("auto",),
@@ -118,6 +163,7 @@ _SECTIONS: dict[str, type[Struct]] = {
     "schedule": Schedule,
     "retry": Retry,
     "output": Output,
+    "score": Score,
 }
 
 
@@ -129,8 +175,8 @@ class Job:
     """
 
     __slots__ = (
-        *("_sections", "folder", "input", "name", "origin", "output", "request", "retry", "schedule", "service"),
-        *("results", "texts"),
+        *("_sections", "folder", "input", "name", "origin", "output", "request", "retry", "schedule", "score"),
+        *("results", "service", "texts"),
     )
 
     def __init__(
@@ -143,6 +189,7 @@ class Job:
         service: Mapping[str, object] | None = None,
         schedule: Mapping[str, object] | None = None,
         retry: Mapping[str, object] | None = None,
+        score: Mapping[str, object] | None = None,
         folder: str | Path = ".",
         origin: str = "job",
         texts: Mapping[str, str] | None = None,
@@ -156,6 +203,7 @@ class Job:
             "schedule": schedule,
             "retry": retry,
             "output": output,
+            "score": score,
         }
         self._sections: dict[str, dict[str, object]] = {}
         for section, values in given.items():
@@ -183,8 +231,11 @@ class Job:
         self.schedule: Schedule = _schedule(sections["schedule"], sections["request"], origin)
         self.retry: Retry = _section(Retry, "retry", sections["retry"], origin)
         self.output: Output = _section(Output, "output", sections["output"], origin)
+        self.score: Score | None = _score(sections["score"], origin) if score is not None else None
         self.texts = dict(texts or {})
         self.request = _request(sections["request"], batch, self.folder, origin, self.texts)
+        if self.retry.repair and (self.request.endpoint != "chat" or self.request.body is not None):
+            raise JobError(f"{origin}: retry.repair: only where the job has messages: it adds two to them")
         inputs = [self.input.path] if isinstance(self.input.path, str) else self.input.path or []
         places = [("input.path", place) for place in inputs]
         places += [("output.path", self.output.path), ("output.ledger", self.output.ledger or "")]
@@ -201,6 +252,14 @@ class Job:
     def __repr__(self) -> str:
         asked = self.request.parameters.get("model", self.request.body)
         return f"Job({self.name!r}, {asked!r}, output={self.output.path!r})"
+
+    @property
+    def keep(self) -> list[str] | Literal["all"]:
+        """The input's columns that are carried along: those of `[output]`, and the one that results are grouped by."""
+        by = None if self.score is None else self.score.by
+        if self.output.keep == "all" or by is None or by in (self.input.id, *self.output.keep):
+            return self.output.keep
+        return [*self.output.keep, by]
 
     @property
     def ledger_path(self) -> Path:
@@ -230,6 +289,12 @@ class Job:
             document["output"] = {**self._sections["output"], "ledger": str(self.ledger_path)}
         return msgspec.toml.encode(document)
 
+    def scoring(self) -> dict[str, object]:
+        """How answers are scored, by dotted key, as JSON-able values; `by` is no part of it."""
+        if self.score is None:
+            return {}
+        return {f"score.{key}": getattr(self.score, key) for key in ("target", "method", "answer")}
+
     def changed(self, settings: Sequence[str]) -> "Job":
         """The same job for some rows that are asked again otherwise: `section.key=value`, never of input and output.
 
@@ -246,25 +311,54 @@ class Job:
             if section == "request" and keys[0] != "extra":
                 value = _with_files(sections[section][keys[0]], self.folder, f"{self.origin}: request.{keys[0]}", {})
                 sections[section][keys[0]] = value
-                if isinstance(value, dict) and isinstance(value.get("schema"), str):
-                    texts.pop(value["schema"], None)
+                named = value.get("schema") if isinstance(value, dict) else value
+                if isinstance(named, str):
+                    texts.pop(named, None)
+        return from_document({"name": self.name, **sections}, self.folder, self.origin, texts)
+
+    def reread(self, settings: Sequence[str]) -> "Job":
+        """The same job that reads or scores its answers otherwise: `section.key=value`, without a value to take it out.
+
+        What answers are read by is read anew, also where it lies in a file or a module; prompts are what they were.
+        """
+        sections = copy.deepcopy(self._sections)
+        for setting in settings:
+            section, *keys = _override(sections, setting)
+            reads = section == "request" and keys in ([key] for key in (*READING, "response_format"))
+            if not reads and (section != "score" or len(keys) != 1):
+                raise JobError(
+                    f"--set {word(setting)}: a reparse may change request.response_format, request.parse,"
+                    " request.choices and request.vote only, and what stands in [score]"
+                )
+            if sections[section][keys[0]] == "":
+                del sections[section][keys[0]]
+        texts = dict(self.texts)
+        wanted = sections["request"].get("response_format")
+        for named in (sections["request"].get("parse"), wanted.get("schema") if isinstance(wanted, dict) else None):
+            if isinstance(named, str):
+                texts.pop(named, None)
         return from_document({"name": self.name, **sections}, self.folder, self.origin, texts)
 
     def meaning(self) -> dict[str, object]:
         """What may not change between the runs of one output, by dotted key, as JSON-able values."""
         parameters = {f"request.{name}": value for name, value in self.request.parameters.items()}
+        reading = self.request.reading
         return {
             "request.endpoint": self.request.endpoint,
             **parameters,
             "request.extra": self.request.extra,
             "request.body": self.request.body,
             "request.response_format.schema": self.request.schema,
+            "request.parse": reading.parse,
+            "request.parse.schema": None if reading.schema is self.request.schema else reading.schema,
+            "request.choices": reading.choices,
+            "request.vote": reading.vote,
             "service.host": SIMULATOR
             if self.service.base_url == SIMULATOR
             else urlsplit(self.service.base_url).hostname,
             "input.id": self.input.id,
             "input.where": self.input.where,
-            "output.keep": self.output.keep,
+            "output.keep": self.keep,
             "output.rows_per_part": self.output.rows_per_part,
             "output.raw": self.output.raw,
         }
@@ -375,6 +469,29 @@ def _schedule(given: Mapping[str, object], request: Mapping[str, object], origin
     return schedule
 
 
+def _score(given: Mapping[str, object], origin: str) -> Score:
+    score: Score = _section(Score, "score", given, origin)
+    if score.method not in METHODS and not is_reference(score.method):
+        close = difflib.get_close_matches(score.method, METHODS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise JobError(
+            f"{origin}: score.method: {', '.join(METHODS)} or module:function, not {shown(score.method)}{hint}"
+        )
+    if score.answer is None:
+        return score
+    if score.answer.startswith(REGEX):
+        try:
+            re.compile(score.answer.removeprefix(REGEX))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise JobError(f"{origin}: score.answer: no regular expression: {error}") from None
+    elif not is_template(score.answer) and score.answer.split(".")[0] not in ANSWER:
+        raise JobError(
+            f"{origin}: score.answer: {', '.join(ANSWER)}, a field of parsed such as parsed.label, a template over "
+            f"these, or regex:…, not {shown(score.answer)}"
+        )
+    return score
+
+
 def read_service(given: Mapping[str, object], origin: str) -> Service:
     """The `[service]` section, checked. Raises JobError."""
     values = dict(given)
@@ -441,18 +558,19 @@ def _request(
     known = CHAT if chat else COMPLETIONS
     for key, value in given.items():
         _refuse_later("request", key, value, origin)
-        if key not in known and not (key in _SHORTHANDS if chat else key in ("endpoint", "body", "extra")):
+        own = _SHORTHANDS if chat else _WITHOUT_CHAT
+        if key not in known and key not in own:
             if key in {*CHAT, *COMPLETIONS, *_SHORTHANDS}:
                 raise JobError(f"{origin}: request.{key}: not with endpoint = {shown(endpoint)}")
-            own = _SHORTHANDS if chat else ("endpoint", "body", "extra")
             raise _unknown("request", key, {*known, *own}, origin)
+    reading = _reading(given, folder, origin, texts)
     if "body" in given:
-        return _whole_request(given, batch, folder, origin, texts)
+        return _whole_request(given, batch, folder, origin, texts, reading)
     extra = _extra(given.get("extra", {}), origin)
     values = {
         key: _with_files(value, folder, f"{origin}: request.{key}", texts)
         for key, value in given.items()
-        if key not in ("endpoint", "extra")
+        if key not in ("endpoint", "extra", *READING)
     }
     schema: dict[str, object] | None = None
     schema_name = "answer"
@@ -462,6 +580,14 @@ def _request(
             raise JobError(f"{origin}: request.response_format: schema stands alone, or give the API's own object")
         schema, schema_name = _schema(wanted["schema"], folder, f"{origin}: request.response_format.schema", texts)
         del values["response_format"]
+        if reading.parse is None:
+            reading = msgspec.structs.replace(reading, schema=schema, schema_name=schema_name)
+    elif wanted is None and chat and reading.schema is not None:
+        schema, schema_name = reading.schema, reading.schema_name
+    if reading.choices is not None and reading.pattern is None and (reading.schema or "response_format" in values):
+        raise JobError(f"{origin}: request.choices: not with a schema; let the schema have an enum")
+    if reading.vote and values.get("n", 1) == 1:
+        raise JobError(f"{origin}: request.vote: only with n, the number of answers")
 
     if chat:
         for key in ("system", "prompt"):
@@ -486,7 +612,51 @@ def _request(
             raise JobError(f"{origin}: request.{key}: JSON has no infinity and no nan")
     if wrong := clash(values if schema is None else {**values, "response_format": {"type": "json_schema"}}):
         raise JobError(f"{origin}: request: {wrong}")
-    return RequestTemplate(endpoint=endpoint, parameters=values, extra=extra, schema=schema, schema_name=schema_name)
+    return RequestTemplate(
+        endpoint=endpoint,
+        parameters=values,
+        extra=extra,
+        schema=schema,
+        schema_name=schema_name,
+        reading=reading,
+    )
+
+
+def _reading(given: Mapping[str, object], folder: Path, origin: str, texts: dict[str, str]) -> Reading:
+    """How answers are read: the keys of `[request]` that are not sent. A type is imported unless `texts` knows it."""
+    parse, choices, vote = (given.get(key) for key in READING)
+    schema: dict[str, object] | None = None
+    name = "answer"
+    if isinstance(parse, str) and parse.startswith(REGEX):
+        try:
+            re.compile(parse.removeprefix(REGEX))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise JobError(f"{origin}: request.parse: not a regular expression: {error}") from None
+    elif isinstance(parse, str) and is_reference(parse):
+        try:
+            if parse not in texts:
+                texts[parse] = msgspec.json.encode(json_schema(parse, folder)).decode()
+        except JobError as error:
+            raise JobError(f"{origin}: request.parse: {error}") from None
+        schema, name = msgspec.json.decode(texts[parse], type=dict[str, object]), parse.partition(":")[2]
+        name = name.rpartition(".")[2]
+    elif parse is not None:
+        raise JobError(f'{origin}: request.parse: "module:Type" or "regex:…", not {shown(parse)}')
+    try:
+        labels = msgspec.convert(choices, Annotated[list[Text], Meta(min_length=1)] | None)
+    except msgspec.ValidationError:
+        raise JobError(f"{origin}: request.choices: a list of texts, not {shown(choices)}") from None
+    if labels is not None and (twice := [label for label in labels if labels.count(label) > 1]):
+        raise JobError(f"{origin}: request.choices: {shown(twice[0])} stands twice")
+    if vote not in (None, "majority"):
+        raise JobError(f'{origin}: request.vote: "majority", not {shown(vote)}')
+    return Reading(
+        parse=parse,
+        schema=schema,
+        schema_name=name,
+        choices=None if labels is None else tuple(labels),
+        vote=vote is not None,
+    )
 
 
 def _extra(given: object, origin: str) -> dict[str, object]:
@@ -516,20 +686,22 @@ def _is_json(value: object) -> bool:
 
 
 def _whole_request(
-    given: Mapping[str, object], batch: bool, folder: Path, origin: str, texts: dict[str, str]
+    given: Mapping[str, object], batch: bool, folder: Path, origin: str, texts: dict[str, str], reading: Reading
 ) -> RequestTemplate:
-    """A `[request]` section with `body`, beside which nothing stands but `endpoint`."""
+    """A `[request]` section with `body`, beside which nothing stands but `endpoint` and how answers are read."""
     for key in given:
         if key == "endpoint" and batch:
             raise JobError(f"{origin}: request.endpoint: in a batch file the url of each row names it")
-        if key not in ("endpoint", "body"):
+        if key not in ("endpoint", "body", *READING):
             why = "a batch file's rows are whole requests" if batch else "body is a whole request"
             raise JobError(f"{origin}: request.{key}: {why}; nothing is added to it")
     body = _with_files(given["body"], folder, f"{origin}: request.body", texts)
     if not isinstance(body, str) or not is_template(body):
         raise JobError(f'{origin}: request.body: a template such as "{{{{ body }}}}", not {shown(body)}')
     endpoint: Any = None if batch else given.get("endpoint", "chat")
-    return RequestTemplate(endpoint=endpoint, parameters={}, body=body)
+    if reading.choices is not None and reading.schema is not None:
+        raise JobError(f"{origin}: request.choices: not with a schema; let the schema have an enum")
+    return RequestTemplate(endpoint=endpoint, parameters={}, body=body, reading=reading)
 
 
 def _with_files(value: object, folder: Path, where: str, texts: dict[str, str]) -> object:

@@ -21,7 +21,7 @@ import msgspec
 
 from batcher.errors import OutputInUseError, StorageError
 from batcher.killpoint import killpoint
-from batcher.records import Attempt, Former, Kind, Note, Outcome, PartRecord, Retried, Second
+from batcher.records import Attempt, Former, Kind, Note, Outcome, PartRecord, Reparse, Retried, Second
 
 FORMAT = 1
 GATHER = 0.008
@@ -35,6 +35,9 @@ WORTH_BYTES = 1 << 20
 LITTLE_BYTES = 16 << 20
 GONE = "the ledger is gone; put it back, or start anew in another output folder"
 """A ledger that ends with at least so many bytes free gives them back, when it holds no more than so many others."""
+
+REPARSE = "reparse"
+"""What meta keeps of a reparse under way, see records.Reparse."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -185,6 +188,16 @@ class Ledger:
             ):
                 yield _decode_attempt(record)
 
+    def unfit(self, unit: int, start: int, stop: int) -> dict[int, Attempt]:
+        """Of the rows of [start, stop) the last answers that did not fit and are to be asked for again."""
+        with self._open() as db:
+            rows = db.execute(
+                "SELECT row, record FROM attempts WHERE unit = ? AND row >= ? AND row < ? AND outcome = ? AND kind = ?"
+                " ORDER BY row, attempt",
+                (unit, start, stop, Outcome.AGAIN, Kind.INVALID_OUTPUT),
+            ).fetchall()
+            return {row: _decode_attempt(record) for row, record in rows}
+
     def pending(self, unit: int) -> bool:
         """Whether some row of a range that was opened has no published outcome yet."""
         with self._open() as db:
@@ -277,6 +290,26 @@ class Ledger:
         """Note that the retry which is under way has ended, if one is."""
         with self._open() as db:
             db.execute("UPDATE retries SET finished_at = ? WHERE finished_at IS NULL", (finished_at,))
+
+    # Answers that are read again
+
+    def reread(self, mark: Reparse, unit: int, part: int, record: PartRecord) -> None:
+        """Note a part that was written again, and how far the reparse has come; durable when this returns."""
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            _put_part(db, unit, part, record)
+            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (REPARSE, msgspec.json.encode(mark)))
+            killpoint("reparse.inside")
+            db.execute("COMMIT")
+            killpoint("reparse.noted")
+
+    def end_reparse(self, values: dict[str, bytes]) -> None:
+        """Keep values for the whole output and note that its reparse has ended, all or nothing."""
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
+            db.execute("DELETE FROM meta WHERE key = ?", (REPARSE,))
+            db.execute("COMMIT")
 
     # Writing
 
@@ -532,6 +565,12 @@ def note_of(ledger: sqlite3.Connection) -> Note | None:
         return msgspec.msgpack.decode(found[0], type=Note) if found else None
     except (sqlite3.OperationalError, msgspec.MsgspecError):
         return None  # a ledger that was only just made
+
+
+def reparse_of(ledger: sqlite3.Connection) -> Reparse | None:
+    """The reparse that is under way, if one is."""
+    found = ledger.execute("SELECT value FROM meta WHERE key = ?", (REPARSE,)).fetchone()
+    return msgspec.json.decode(found[0], type=Reparse) if found else None
 
 
 def timeline_of(ledger: sqlite3.Connection, since: int = 0) -> Iterator[Second]:

@@ -201,7 +201,9 @@ def _price(pricing: Mapping[str, object]) -> Rates | None:
 
 def _transport(url: str, headers: Mapping[str, str], service: Service, access: Access) -> HttpTransport:
     timeout = min(TIMEOUT, service.timeout)
-    return HttpTransport(url, headers, access.dialect, timeout, access.secrets, service.proxy)
+    return HttpTransport(
+        url, headers, access.dialect, timeout, access.secrets, service.proxy, library=service.transport
+    )
 
 
 async def _catalogue(service: Service, access: Access) -> list[Model]:

@@ -8,7 +8,18 @@ import msgspec
 
 from batcher import bits
 from batcher.dialects import PRICES_AS_OF
-from batcher.engine import LOOKED_AT, Prepared, Selection, first_rows, not_ours, prepare, refuse_unserved, select
+from batcher.engine import (
+    LOOKED_AT,
+    Prepared,
+    Selection,
+    first_rows,
+    not_ours,
+    prepare,
+    refuse_unserved,
+    scored_otherwise,
+    select,
+    unscored,
+)
 from batcher.job import SIMULATOR, Job, Schedule, differences
 from batcher.ledger import done_rows, open_read_only, parts_of
 from batcher.payload import pack
@@ -38,6 +49,8 @@ class Plan:
     sampled: int
     unsendable: tuple[tuple[int, str], ...]
     """Rows of the sample that cannot become requests, and why."""
+    unscored: tuple[tuple[int, str], ...]
+    """Rows of the sample to which no answer could be right, and why; none where nothing is scored."""
     prompt_tokens: int
     output_tokens: int | None
     """The most that the answers can have; None where the job sets no cap."""
@@ -68,6 +81,7 @@ def plan(job: Job) -> Plan:
     looked = first_rows(prepared, selection, LOOKED_AT)
     sample = list(_composed(prepared, looked))
     refuse_unserved(prepared, looked)
+    without_target = unscored(prepared, looked)
     requests = [request for request in sample if isinstance(request, Request)]
     unsendable = tuple(
         (row.position, made.message) for row, made in zip(looked, sample, strict=True) if isinstance(made, Failure)
@@ -90,6 +104,7 @@ def plan(job: Job) -> Plan:
         done=done,
         sampled=len(sample),
         unsendable=unsendable,
+        unscored=without_target,
         prompt_tokens=round(left * (prompt or 0.0)),
         output_tokens=round(left * (output or 0.0)) if capped else None,
         prompt_cost=None if prompt_cost is None else left * prompt_cost,
@@ -138,6 +153,10 @@ def render(plan: Plan) -> str:
         position, why = plan.unsendable[0]
         share = f"{count(len(plan.unsendable))} of {sample} cannot become requests, the first is row {position}: {why}"
         lines.insert(1, ("unsendable", share))
+    if plan.unscored:
+        position, why = plan.unscored[0]
+        share = f"{count(len(plan.unscored))} of {sample} have no target, the first is row {position}: {why}"
+        lines.append(("score", share))
     if plan.schema:
         lines.append(("schema", plan.schema))
     if plan.refusal:
@@ -180,7 +199,8 @@ def _earlier(prepared: Prepared, selection: Selection) -> tuple[int, str | None]
     with open_read_only(job.ledger_path) as ledger:
         size = job.output.rows_per_part
         done = 0
-        for part, record in parts_of(ledger, UNIT):
+        parts = dict(parts_of(ledger, UNIT))
+        for part, record in parts.items():
             start, stop = part * size, (part + 1) * size
             ended = record.done(start) | bits.of(done_rows(ledger, UNIT, start, stop), start)
             done += (ended & selection.part(start, stop)).bit_count()
@@ -189,6 +209,8 @@ def _earlier(prepared: Prepared, selection: Selection) -> tuple[int, str | None]
     meaning = msgspec.json.decode(msgspec.json.encode(job.meaning()))
     if begun and (different := list(differences(begun, meaning))):
         return done, f"{job.results} was begun with another job: {'; '.join(different)}"
+    if begun and (scored := scored_otherwise(job, known.get("scoring"), parts.values())):
+        return done, scored
     files = msgspec.json.decode(known.get("input", b"[]"), type=list[FileIdentity])
     if difference := changed(files, prepared.source.identities):
         return done, f"the input has changed since the run began: {difference}"

@@ -3,6 +3,7 @@
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
@@ -58,12 +59,7 @@ class Composer:
     ) -> None:
         self._endpoint = template.endpoint
         self._tier = tier
-        images = Images(folders)
-        self._environment = _Environment(images)
-        self._bare = _Environment(images)
-        self._bare.globals.clear()
-        self.reads_files = False
-        """Whether composing reads files, which does not belong on an event loop."""
+        self._templates = _Templates(folders)
         self._fixed: dict[str, object] = {}
         self._rendered: list[tuple[str, _Render]] = []
         names: set[str] = set()
@@ -103,6 +99,11 @@ class Composer:
                 names.add("url")
         self.names = frozenset(names)
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether composing reads files, which does not belong on an event loop."""
+        return self._templates.read_files
+
     def compose(self, row: Row, unit: int = 0) -> Request | Failure:
         """The request of a row; a failure where it has none: unreadable input, a null in a template, a bad value."""
         if row.problem is not None:
@@ -110,7 +111,7 @@ class Composer:
         if self._whole is not None:
             return self._forward(self._whole, row, unit)
         assert self._endpoint is not None
-        fields = self._seen(row)
+        fields = _seen(row.fields, self.names)
         values = self._fixed.copy()
         given = self._constants.copy()
         said = self._said
@@ -155,7 +156,7 @@ class Composer:
             return Failure(Kind.UNSENDABLE, wrong)
         endpoint = self._endpoint or cast(str, endpoint_of(row.fields.get("url")))
         try:
-            made = whole(self._seen(row))
+            made = whole(_seen(row.fields, self.names))
             match made:
                 case msgspec.Raw():
                     body = bytes(made)
@@ -177,32 +178,17 @@ class Composer:
             said = said.and_(_measured(name, request[name], _encode(request[name])))
         return _request(row, unit, endpoint, _known(endpoint, request), body, said)
 
-    def _seen(self, row: Row) -> _Fields:
-        """A row's fields as templates see them: what is not there is null, and every null knows its name."""
-        fields = row.fields
-        if not self.names <= fields.keys():  # JSONL
-            fields = dict.fromkeys(self.names) | dict(fields)
-        for value in fields.values():
-            if value is None or isinstance(value, _NESTING):
-                return {name: _guarded(value, name) for name, value in fields.items()}
-        return fields
-
     def _named(
         self, name: str, value: object, names: set[str], origin: str, compile_: _Compile | None = None
     ) -> _Render | None:
         """As `_compile`, with the parameter's name before what is wrong. Raises JobError."""
-        try:
+        with _naming(f"{origin}: request.{name}"):
             return (compile_ or self._compile)(value, names)
-        except jinja2.TemplateSyntaxError as error:
-            wrong = f"{error.message} (line {error.lineno})"
-            raise JobError(f"{origin}: request.{name}: not a Jinja template: {wrong}") from None
-        except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
-            raise JobError(f"{origin}: request.{name}: not a Jinja template: {error}") from None
 
     def _compile(self, value: object, names: set[str]) -> _Render | None:
         """A function of the row's fields, or None where the value is the same for every row."""
         if is_template(value):
-            return self._template(cast(str, value), names)
+            return self._templates.compile(cast(str, value), names)
         if isinstance(value, dict):
             inner = {key: self._compile(item, names) for key, item in value.items()}
             if not any(inner.values()):
@@ -252,9 +238,39 @@ class Composer:
 
         return rendered
 
-    def _template(self, text: str, names: set[str]) -> _Render:
+
+class Template:
+    """One text over named values, with the rules of `[request]`. `names` are the values it needs.
+
+    Raises JobError, with `where` in it, where it cannot be compiled.
+    """
+
+    def __init__(self, text: str, where: str) -> None:
+        names: set[str] = set()
+        with _naming(where):
+            self._render = _Templates(()).compile(text, names)
+        self.names = frozenset(names)
+
+    def render(self, fields: _Fields) -> object:
+        """What it gives, of its own type where it is one expression. Raises whatever the template raises."""
+        return self._render(_seen(fields, self.names))
+
+
+class _Templates:
+    """Compiles texts over a row's fields; below `folders` lie the images that rows may name."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        images = Images(folders)
+        self._environment = _Environment(images)
+        self._bare = _Environment(images)
+        self._bare.globals.clear()
+        self.read_files = False
+        """Whether one of the texts reads files."""
+
+    def compile(self, text: str, names: set[str]) -> _Render:
+        """A function of a row's fields. The names of the fields that it needs are added to `names`."""
         environment = self._environment
-        self.reads_files |= "data_uri" in text
+        self.read_files |= "data_uri" in text
         tree = environment.parse(text)
         if other := next(tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)), None):
             raise jinja2.TemplateSyntaxError("there are no other templates to take in", other.lineno)
@@ -284,6 +300,43 @@ class Composer:
             return _native(context.vars["result"])
 
         return rendered if sole is None else native
+
+
+def repaired(request: Request, text: str, why: str) -> Request:
+    """A chat's request with two messages more: what the model has answered, and why that does not fit."""
+    said = text.encode("utf-8", "replace").decode()
+    asked = f"This answer does not fit: {why}\nAnswer again, in the form that was asked for."
+    more = _encode([{"role": "assistant", "content": said}, {"role": "user", "content": asked}])
+    body = msgspec.json.decode(request.body, type=dict[str, msgspec.Raw])
+    body["messages"] = msgspec.Raw(bytes(body["messages"])[:-1] + b"," + more[1:])
+    whole = _encode(body)
+    return msgspec.structs.replace(
+        request,
+        body=whole,
+        prompt_tokens=request.prompt_tokens + len(more) // BYTES_PER_TOKEN,
+        hash=hashlib.blake2b(whole, digest_size=16).digest(),
+    )
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """What is wrong with a template, as a JobError that says where it stands."""
+    try:
+        yield
+    except jinja2.TemplateSyntaxError as error:
+        raise JobError(f"{where}: not a Jinja template: {error.message} (line {error.lineno})") from None
+    except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
+        raise JobError(f"{where}: not a Jinja template: {error}") from None
+
+
+def _seen(fields: _Fields, names: frozenset[str]) -> _Fields:
+    """A row's fields as templates see them: what is not there is null, and every null knows its name."""
+    if not names <= fields.keys():  # JSONL
+        fields = dict.fromkeys(names) | dict(fields)
+    for value in fields.values():
+        if value is None or isinstance(value, _NESTING):
+            return {name: _guarded(value, name) for name, value in fields.items()}
+    return fields
 
 
 def _stand_alone(value: object) -> bool:

@@ -106,6 +106,8 @@ class Turn(msgspec.Struct, gc=False):
     attempt: int = 1
     tried: dict[Kind, int] | None = None
     """Attempts that failed so far, by kind."""
+    plain: Request | None = None
+    """The request as its row has made it, where this one shows the model what did not fit."""
 
 
 class Timing(NamedTuple):
@@ -171,6 +173,12 @@ class Failure(msgspec.Struct, frozen=True, gc=False):
     """How the body went (msgpack, gzip), where that may be why it was refused: none that went so was answered yet."""
     should_retry: bool | None = None
     """Whether the service says to ask again; None where it does not say."""
+
+
+class Misfit(NamedTuple):
+    """Why a text is no answer: the JSON pointer and the reason, at most 300 printable characters."""
+
+    message: str
 
 
 class ToolCall(msgspec.Struct, frozen=True, gc=False):
@@ -324,7 +332,11 @@ class Totals(msgspec.Struct, kw_only=True):
     billed_prompt_tokens: int = 0
     billed_completion_tokens: int = 0
     cost_usd: float | None = None
+    unpriced: int = 0
+    """Rows whose cost is not known, and is not in the sum."""
     altered: int = 0
+    unfit: int = 0
+    """Answered rows of which no value could be read: what reads them has changed since."""
     finish_reasons: dict[str, int] = {}
     failure_kinds: dict[str, int] = {}
     latency: float = 0.0
@@ -361,6 +373,22 @@ class Retried(msgspec.Struct, kw_only=True):
     settings: tuple[str, ...]
     rows: int = 0
     answered: int = 0
+
+
+class Reparse(msgspec.Struct, kw_only=True):
+    """How far the stored answers of an output are read again."""
+
+    settings: tuple[str, ...]
+    meaning: str
+    """A digest of what the answers are read by: with another, all begins anew."""
+    part: int = -1
+    """The last part that is done: parts are read in order."""
+    rows: int = 0
+    """Answered rows, now."""
+    mended: int = 0
+    """Of them, rows that had failed because their answer did not fit."""
+    unfit: int = 0
+    """Of them, rows of which no value could be read."""
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -500,6 +528,8 @@ class Summary(msgspec.Struct, kw_only=True):
     seconds: float
     """This run's, as are the requests it sent."""
     requests: int
+    transport: str
+    """The HTTP library: aiohttp or reqwest."""
     version: str
     retries: tuple[Retried, ...] = ()
 

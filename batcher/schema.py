@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from batcher.job import SIMULATOR, keys
+from batcher.job import ANSWER, METHODS, READING, REGEX, SIMULATOR, keys
 
 _Schema = dict[str, Any]
 
@@ -21,6 +21,7 @@ MEANINGS: Mapping[str, str] = {
     "request": "What every row asks: the API's own parameters. Any text may be a template over the row's columns.",
     "request.best_of": "Answers to write, of which the best `n` are returned; all are paid.",
     "request.body": "A template that gives a whole request, in place of everything else.",
+    "request.choices": "The labels that an answer may be.",
     "request.clear_thinking": "Leave the thinking of earlier turns out of the prompt.",
     "request.disable_reasoning": "The older way to say that the model shall not think.",
     "request.echo": "Return the prompt before the answer.",
@@ -39,6 +40,7 @@ MEANINGS: Mapping[str, str] = {
     "request.model_parameters": "What one model knows by itself.",
     "request.n": "Answers per row.",
     "request.parallel_tool_calls": "Whether several tools may be called at once.",
+    "request.parse": 'How answers are read: "module:Type" (JSON), or "regex:…".',
     "request.prediction": "A text that the answer is likely to repeat.",
     "request.presence_penalty": "Against staying with the same topics.",
     "request.prompt": "What the user says: {{ column }} is filled in for every row.",
@@ -59,6 +61,7 @@ MEANINGS: Mapping[str, str] = {
     "request.top_logprobs": "So many likely tokens at each place.",
     "request.top_p": "The share of likely words to choose from.",
     "request.user": "Your own name for the end user.",
+    "request.vote": "Of n answers, the value that most of them have.",
     "service": "Who is asked, and how.",
     "service.api_key_env": "The environment variable that holds the key; never the key itself.",
     "service.base_url": 'The service\'s URL, or "simulator" for answers from this machine.',
@@ -69,6 +72,7 @@ MEANINGS: Mapping[str, str] = {
     "service.prices": "USD per million tokens, by model; by tier too.",
     "service.proxy": "Use the proxy that the environment names.",
     "service.timeout": "For a whole request.",
+    "service.transport": "The HTTP library; the faster one that is installed when absent.",
     "schedule": "How much may be under way.",
     "schedule.max_in_flight": "The most requests at once; auto finds it.",
     "schedule.queue_threshold": "Refuse a request rather than let it wait longer: 50 ms to 20 s, for flex and auto.",
@@ -79,7 +83,13 @@ MEANINGS: Mapping[str, str] = {
     "schedule.wait": "Wait for a limit of an hour or a day; false: the run ends with 75 instead.",
     "retry": "How often a row is asked again.",
     "retry.max_attempts": "Answers or losses after which a row fails.",
-    "retry.max_invalid": "Times that a row is asked again because its answer did not fit the schema.",
+    "retry.max_invalid": "Times that a row is asked again because its answer did not fit.",
+    "retry.repair": "Show the model its answer that did not fit, and why.",
+    "score": "How good the answers are: what each is compared with, and how.",
+    "score.answer": 'What is compared: regex:…, a column such as "parsed.label", a template; or the whole answer.',
+    "score.by": "The input column that results are grouped by.",
+    "score.method": "How an answer is compared with its target; or a function of your own, as module:function.",
+    "score.target": "The truth: a column of the input, or a template over its columns.",
     "output": "Where the answers go.",
     "output.keep": "Input columns to carry along.",
     "output.ledger": "Where the ledger lies, if not in the output's folder; required for object stores.",
@@ -96,6 +106,8 @@ _BY_HAND: Mapping[str, _Schema] = {
     "service.base_url": {"pattern": f"^({SIMULATOR}$|https?://[^@?#]+$)"},
     "service.timeout": {"$ref": "#/$defs/duration", "default": "10m"},
     "schedule.queue_threshold": {"$ref": "#/$defs/duration"},
+    "score.method": {"anyOf": [{"enum": [*METHODS]}, {"pattern": r"^\w+(\.\w+)*:\w+(\.\w+)*$"}]},
+    "score.answer": {"anyOf": [{"pattern": rf"^({REGEX}|({'|'.join(ANSWER)})(\.|$))"}, {"pattern": r"\{[{%#]"}]},
 }
 """What job.py checks with its own code."""
 
@@ -162,7 +174,7 @@ def schema() -> _Schema:
         "if": {
             "properties": {"input": {"properties": {"format": {"const": "openai-batch"}}, "required": ["format"]}},
         },
-        "then": {"properties": {"request": {"propertyNames": {"const": "body"}}}},
+        "then": {"properties": {"request": {"propertyNames": {"enum": ["body", *READING]}}}},
         "else": {"required": ["request"], "properties": {"request": _together(endpoints)}},
         "$defs": {**_DEFINITIONS, **{name: _without_null(component) for name, component in components.items()}},
     }
@@ -188,6 +200,7 @@ def _request(endpoints: Mapping[str, Mapping[str, Any]]) -> _Schema:
         {"anyOf": [{"type": "boolean"}, {"type": "integer", "minimum": 0, "maximum": 20}]}
     )
     properties["body"] = {"anyOf": others}
+    properties |= _READ
     own = {
         "type": "object",
         "required": ["type"],
@@ -197,6 +210,13 @@ def _request(endpoints: Mapping[str, Mapping[str, Any]]) -> _Schema:
     taken = {*properties, "system", "service_tier", "queue_threshold"}
     properties["extra"] = {"type": "object", "propertyNames": {"not": {"enum": sorted(taken)}}}
     return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+_READ: Mapping[str, _Schema] = {
+    "parse": {"type": "string", "pattern": r"^(regex:|[\w.]+:[\w.]+$)"},
+    "choices": {"type": "array", "minItems": 1, "uniqueItems": True, "items": {"type": "string", "minLength": 1}},
+    "vote": {"enum": ["majority"]},
+}
 
 
 def _typed(*required: str) -> _Schema:

@@ -3,12 +3,13 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from batcher.errors import StorageError
 from batcher.killpoint import killpoint
 from batcher.records import (
+    UNIT,
     Alternative,
     Answer,
     Attempt,
@@ -23,7 +25,10 @@ from batcher.records import (
     Failure,
     FileRecord,
     Former,
+    Kind,
+    Misfit,
     Outcome,
+    PartRecord,
     Token,
     Totals,
     Usage,
@@ -81,6 +86,7 @@ _FAILURE: list[tuple[str, pa.DataType]] = [
     ("type", pa.string()),
     ("code", pa.string()),
     ("message", pa.string()),
+    ("response", pa.string()),
     *_PAID,
     ("body", pa.binary()),
 ]
@@ -103,13 +109,23 @@ ATTEMPTS = pa.schema(
         ("retry_after", pa.float64()),
     ]
 )
+SCORED = pa.schema(
+    [
+        ("extracted", pa.string()),
+        ("target", pa.string()),
+        ("score", pa.float64()),
+        ("score_error", pa.string()),
+    ]
+)
+"""The columns of `responses` that say how good an answer is; `score` is never null."""
 _REPETITIVE = [
     *("finish_reason", "model", "system_fingerprint", "service_tier", "service_tier_used", "prompt_cache_key"),
     *("kind", "type", "code", "status", "tier", "attempts", "attempt"),
+    *("target", "score_error"),
 ]
-_LONG = {"response", "reasoning", "raw", "body", "message", "request_hash", "response_id"}
+_LONG = {"response", "reasoning", "raw", "body", "message", "request_hash", "response_id", "extracted"}
 NAMES = {
-    *("row", "id", "parsed", *FILLABLE, "altered", "raw"),
+    *("row", "id", "parsed", "vote_share", *SCORED.names, *FILLABLE, "altered", "raw"),
     *(name for name, _ in (*_TEXT, *_ANSWER, *_FAILURE)),
 }
 """Every column name that is ours, now or in a later version of a job: kept columns give way to them."""
@@ -120,20 +136,38 @@ _NONE_AGAIN: Mapping[int, Former] = MappingProxyType({})
 
 
 class Parser(Protocol):
-    """Reads the typed value out of an answer's text; the job's schema implements it."""
+    """Reads the typed value out of an answer; `parse` has those that there are."""
 
-    arrow_type: pa.StructType
+    arrow_type: pa.DataType
+    vote: bool
 
-    def read(self, text: str | None) -> Any:
-        """The typed value of an answer's text."""
+    def choose(self, texts: Sequence[str | None]) -> tuple[Any, float | None] | Misfit:
+        """The typed value of an answer with these choices, and the share of them that have it, by vote."""
 
     def column(self, values: Sequence[Any]) -> tuple[pa.Array, list[int]]:
         """Values as an Arrow array, and the indices of those that could not be held exactly."""
 
 
+class Mended(NamedTuple):
+    """What came of reading a part's answers again."""
+
+    rows: int
+    """Failed rows that are answered now."""
+    unfit: int
+    """Answered rows of which no value could be read."""
+
+
+class Scorer(Protocol):
+    """Says how good answers are; the job's `[score]` section implements it."""
+
+    def columns(self, answers: pa.Table, inputs: pa.Table) -> pa.Table:
+        """The columns SCORED of these answers, with the input's rows beside them."""
+
+
 class Shape(NamedTuple):
     """What decides the columns, fixed when a run starts: `kept` has the input's types, `id` names the id's column.
 
+    `kept` are all columns that are read of the input, `keep` those of them that are carried along, beside the id.
     `fillable` are the names out of FILLABLE that the job's answers can fill.
     """
 
@@ -143,6 +177,7 @@ class Shape(NamedTuple):
     parser: Parser | None
     fillable: frozenset[str]
     raw: bool
+    scorer: Scorer | None = None
 
     def input_columns(self) -> list[pa.Field]:
         """`row`, `id` and the kept columns, as they stand in every part."""
@@ -160,8 +195,11 @@ class Shape(NamedTuple):
     def responses(self) -> pa.Schema:
         """The columns of `responses`."""
         parsed = [("parsed", self.parser.arrow_type)] if self.parser else []
+        if self.parser and self.parser.vote:
+            parsed.append(("vote_share", pa.float64()))
         raw = [("raw", pa.string())] if self.raw else []
-        text = [*_TEXT[:1], *parsed, *_TEXT[1:], *self.nested()]
+        scored = [(field.name, field.type) for field in SCORED] if self.scorer else []
+        text = [*_TEXT[:1], *parsed, *scored, *_TEXT[1:], *self.nested()]
         named = [*text, *_ANSWER, *_PAID, ("altered", pa.bool_()), *raw]
         return pa.schema([*self.input_columns(), *(pa.field(name, kind) for name, kind in named)])
 
@@ -224,14 +262,71 @@ class Sink:
         is called before anything is put in place. `again` says what rows of the former self had come to that were
         asked again since: their sums go on from there. Returns the part's sums and its files.
         """
-        writers: dict[str, pq.ParquetWriter] = {}
-        try:
-            totals = self._build(writers, part, rows, attempts, kept, former, again)
+        with self._making(part) as writers:
+            try:
+                totals = self._build(writers, part, rows, attempts, kept, former, again)
+            except pa.ArrowException:
+                check_input()
+                raise
             check_input()
             return totals, self._place_all(writers, part, totals)
+
+    def reread(
+        self,
+        record: PartRecord,
+        part: int,
+        judge: Callable[[bytes], Answer | str],
+        start: int,
+        kept: Callable[[], Iterator[pa.RecordBatch]] | None,
+    ) -> tuple[PartRecord, Mended]:
+        """Write part N again with what its answers are read as now, and with what was an answer all the time.
+
+        `judge` says of a failed row's body what its answer is, or why it does not fit. What is in the ledger of the
+        part is not looked at. A part that was written so and not noted may be written so again. `kept` gives the
+        input's columns from row `start` on, as often as it is called; None where nothing is scored.
+        """
+        former = [file.name for file in record.files]
+        there: set[int] = set()
+        for batch in self._former("responses", part, former, ["row"]):
+            there.update(batch.column("row").to_pylist())
+        with self._making(part) as writers:
+            totals = Totals(attempts=record.totals.attempts)
+
+            def write(folder: str, table: pa.Table) -> None:
+                writers[folder].write_table(table)
+                _count(totals, folder, table)
+
+            mended: set[int] = set()
+            writers["responses"] = self._writer("responses", part)
+            inputs, inputs_of_new = (self._inputs(start, kept) for _ in range(2))
+            new = _Ahead(self._mended(part, former, there, mended, judge, inputs_of_new), self._schemas["responses"])
+            for batch in self._former("responses", part, former):
+                old = self._read_again(pa.Table.from_batches([batch]), inputs)
+                between = list(new.until(old["row"][-1].as_py())) if len(old) else []
+                write("responses", pa.concat_tables([*between, old]).sort_by("row") if between else old)
+            for table in new.until(_NO_ROW):
+                write("responses", table)
+            if _file("failures", part) in former:
+                writers["failures"] = self._writer("failures", part)
+                for batch in self._former("failures", part, former):
+                    gone = [row in mended or row in there for row in batch.column("row").to_pylist()]
+                    left = pa.Table.from_batches([batch.filter(pc.invert(pa.array(gone, pa.bool_())))])
+                    write("failures", self._explained(left, judge))
+            for writer in writers.values():
+                writer.close()
+            files = [
+                self._place(name, part, totals.failed if name == "failures" else totals.answered) for name in writers
+            ]
+            files += [file for file in record.files if file.name == _file("attempts", part)]
+            return msgspec.structs.replace(record, totals=totals, files=tuple(files)), Mended(len(mended), totals.unfit)
+
+    @contextmanager
+    def _making(self, part: int) -> Iterator[dict[str, pq.ParquetWriter]]:
+        """The writers of a part's files, by folder; unless all goes well nothing is left of them."""
+        writers: dict[str, pq.ParquetWriter] = {}
+        try:
+            yield writers
         except BaseException as error:
-            if isinstance(error, pa.ArrowException):
-                check_input()
             with suppress(OSError):
                 for name, writer in writers.items():
                     with suppress(OSError):
@@ -240,6 +335,102 @@ class Sink:
             if isinstance(error, OSError):
                 raise StorageError.of(f"{self._workshop.parent}: part {part}", error) from None
             raise
+
+    def _inputs(
+        self, start: int, kept: Callable[[], Iterator[pa.RecordBatch]] | None
+    ) -> Callable[[Sequence[int]], pa.Table]:
+        """A function that gives the input's columns of rows, which ascend from call to call."""
+        schema = self._shape.kept.append(pa.field(ALTERED, pa.bool_()))
+        if kept is None:
+            return lambda rows: schema.empty_table()
+        ahead = _Ahead(kept(), schema)
+
+        def inputs(rows: Sequence[int]) -> pa.Table:
+            if not rows:
+                return schema.empty_table()
+            return ahead.rows(rows[0] - start, rows[-1] + 1 - start).take([row - rows[0] for row in rows])
+
+        return inputs
+
+    def _read_again(self, old: pa.Table, inputs: Callable[[Sequence[int]], pa.Table]) -> pa.Table:
+        """Answered rows as they stand in a part, with what is read out of their texts now."""
+        schema, parser = self._schemas["responses"], self._shape.parser
+        columns = {name: old[name] for name in schema.names if name in old.column_names}
+        if parser is not None:
+            texts: Iterable[Sequence[str | None]] = ([text] for text in old["response"].to_pylist())
+            if parser.vote:
+                texts = ([choice["text"] for choice in choices] for choices in old["choices"].to_pylist())
+            parsed, changed = _parsed(parser, texts)
+            columns |= dict(zip(("parsed", "vote_share"), parsed, strict=False))
+            if changed:
+                marked = pa.array([row in {*changed} for row in range(len(old))], pa.bool_())
+                columns["altered"] = pc.or_(old["altered"], marked)
+        answers = pa.table({name: columns[name] for name in ("response", "reasoning", "parsed") if name in columns})
+        columns |= dict(zip(SCORED.names, self._scored(answers, inputs(old["row"].to_pylist())), strict=False))
+        made = [columns.get(field.name, pa.nulls(len(old), field.type)) for field in schema]
+        return pa.Table.from_arrays(made, schema=schema)
+
+    def _mended(
+        self,
+        part: int,
+        former: Sequence[str],
+        there: set[int],
+        mended: set[int],
+        judge: Callable[[bytes], Answer | str],
+        inputs: Callable[[Sequence[int]], pa.Table],
+    ) -> Iterator[pa.RecordBatch]:
+        """Rows of a part that failed for what does not fail them now, as answers; they are added to `mended`."""
+        times = _Ahead(self._former("attempts", part, former), ATTEMPTS)
+        for batch in self._former("failures", part, former):
+            table = pa.Table.from_batches([batch])
+            last = {row["row"]: row for some in times.until(_end(table)) for row in some.to_pylist()}
+            group = _Group(0)
+            chosen: list[int] = []
+            for index, row in enumerate(table.select(["row", *_JUDGED, *(name for name, _ in _PAID)]).to_pylist()):
+                if row["row"] in there or row["kind"] != Kind.INVALID_OUTPUT or row["body"] is None:
+                    continue
+                answer = judge(row["body"])
+                if isinstance(answer, str):
+                    continue
+                chosen.append(index)
+                told = last.get(row["row"], {})
+                attempt = Attempt(
+                    unit=UNIT,
+                    row=row["row"],
+                    attempt=row["attempts"],
+                    outcome=Outcome.ANSWERED,
+                    sent_at=0,
+                    waited=told.get("waited", 0.0),
+                    latency=told.get("latency", 0.0),
+                    time_to_first_token=None,
+                    prompt_tokens=0,
+                    output_tokens=0,
+                    request_hash=b"",
+                    model="",
+                    cache_key=None,
+                    body=row["body"],
+                    tier=told.get("tier"),
+                )
+                group.add(answer, attempt, tuple(row[name] for name, _ in _PAID))
+                mended.add(row["row"])
+            if chosen:
+                beside = table.take(pa.array(chosen, pa.int64())).select(
+                    [field.name for field in self._shape.input_columns()]
+                )
+                rows = beside["row"].to_pylist()
+                yield from self._answers(group, beside.columns, [False] * len(chosen), inputs(rows)).to_batches()
+
+    def _explained(self, failures: pa.Table, judge: Callable[[bytes], Answer | str]) -> pa.Table:
+        """Failed rows, with why their answers do not fit what reads them now."""
+        index = failures.schema.get_field_index("message")
+        judged = [
+            (judge(body) if kind == Kind.INVALID_OUTPUT and body is not None else message, message)
+            for kind, body, message in zip(
+                *(failures[name].to_pylist() for name in ("kind", "body", "message")), strict=True
+            )
+        ]
+        messages = [found if isinstance(found, str) else message for found, message in judged]
+        return failures.set_column(index, failures.schema.field(index), pa.array(messages, pa.string()))
 
     def _build(
         self,
@@ -357,34 +548,14 @@ class Sink:
         )
         if last.outcome is Outcome.ANSWERED:
             assert isinstance(answer, Answer)
-            first = answer.choices[0]
             group.answered.append(row)
-            group.answers.append(answer)
-            group.bodies.append(last.body)
-            group.responses.append(
-                (
-                    first.text,
-                    first.reasoning,
-                    first.finish_reason,
-                    answer.model,
-                    answer.system_fingerprint,
-                    answer.id,
-                    last.tier or answer.service_tier,
-                    answer.service_tier_used,
-                    last.cache_key,
-                    *_usage(answer.usage),
-                    *answer.times,
-                    last.latency,
-                    last.time_to_first_token,
-                    last.waited,
-                    *paid,
-                )
-            )
+            group.add(answer, last, paid)
         elif last.outcome is Outcome.FAILED and before.answered:
             group.unanswered.append((row, *paid[:-1]))
         elif last.outcome is Outcome.FAILED:
+            text = answer.choices[0].text if isinstance(answer, Answer) else None
             group.failed.append(row)
-            group.failures.append((last.kind, last.status, last.type, last.code, last.message, *paid, last.body))
+            group.failures.append((last.kind, last.status, last.type, last.code, last.message, text, *paid, last.body))
 
     def _billed(
         self, attempt: Attempt, told: Usage | None, tier: str | None
@@ -404,24 +575,9 @@ class Sink:
 
     def _tables(self, group: "_Group", kept: pa.Table) -> dict[str, pa.Table]:
         """One group's tables, with the input's columns beside the answers."""
-        altered: set[int] = set()
-        columns = _columns(group.responses, [*_TEXT, *_ANSWER, *_PAID], altered)
-        response, reasoning, *others = columns
-        parsed: list[pa.Array] = []
-        if self._shape.parser is not None:
-            column, changed = self._shape.parser.column(
-                [self._shape.parser.read(answer.choices[0].text) for answer in group.answers]
-            )
-            parsed = [column]
-            altered.update(changed)
-        nested = [_nested(group.answers, name, kind, altered) for name, kind in self._shape.nested()]
-        raw = [_texts(group.bodies, altered)] if self._shape.raw else []
-        beside = self._beside(kept, group.answered, group.start)
-        changed_input = beside.pop().to_pylist()
-        flags = pa.array([index in altered or changed_input[index] for index in range(len(group.answered))], pa.bool_())
-        responses = pa.Table.from_arrays(
-            [*beside, response, *parsed, reasoning, *nested, *others, flags, *raw], schema=self._schemas["responses"]
-        )
+        *beside, changed = self._beside(kept, group.answered, group.start)
+        inputs = kept.take(pc.subtract(pa.array(group.answered, pa.int64()), group.start))
+        responses = self._answers(group, beside, changed.to_pylist(), inputs)
         beside = self._beside(kept, group.failed, group.start)[:-1]
         failures = pa.Table.from_arrays(
             [*beside, *_columns(group.failures, _FAILURE, set())], schema=self._schemas["failures"]
@@ -429,6 +585,34 @@ class Sink:
         named = [(field.name, field.type) for field in ATTEMPTS]
         attempts = pa.Table.from_arrays(_columns(group.attempts, named, set()), schema=ATTEMPTS)
         return {"responses": responses, "failures": failures, "attempts": attempts}
+
+    def _answers(
+        self, group: "_Group", beside: Sequence[Any], changed_input: Sequence[bool], inputs: pa.Table
+    ) -> pa.Table:
+        """The answered rows of a group, beside the input's columns; `changed_input` says where those were altered.
+
+        `inputs` are the columns that scores are made from.
+        """
+        altered: set[int] = set()
+        response, reasoning, *others = _columns(group.responses, [*_TEXT, *_ANSWER, *_PAID], altered)
+        parsed: list[pa.Array] = []
+        if self._shape.parser is not None:
+            texts = ([choice.text for choice in answer.choices] for answer in group.answers)
+            parsed, changed = _parsed(self._shape.parser, texts)
+            altered.update(changed)
+        nested = [_nested(group.answers, name, kind, altered) for name, kind in self._shape.nested()]
+        raw = [_texts(group.bodies, altered)] if self._shape.raw else []
+        flags = pa.array([index in altered or changed for index, changed in enumerate(changed_input)], pa.bool_())
+        answers = dict(zip(("response", "reasoning", "parsed"), (response, reasoning, *parsed), strict=False))
+        scored = self._scored(pa.table(answers), inputs)
+        return pa.Table.from_arrays(
+            [*beside, response, *parsed, *scored, reasoning, *nested, *others, flags, *raw],
+            schema=self._schemas["responses"],
+        )
+
+    def _scored(self, answers: pa.Table, inputs: pa.Table) -> list[pa.ChunkedArray]:
+        """How good answers are, where the job says what they should be."""
+        return [] if self._shape.scorer is None else list(self._shape.scorer.columns(answers, inputs).columns)
 
     def _beside(self, kept: pa.Table, rows: list[int], start: int) -> list[Any]:
         """`row`, `id`, the kept columns and the flag of what was altered, for these rows."""
@@ -460,7 +644,9 @@ class Sink:
         order = [("row", "ascending"), ("attempt", "ascending")]
         return pa.concat_tables([old, new]).sort_by(order if name == "attempts" else order[:1])
 
-    def _former(self, name: str, part: int, former: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    def _former(
+        self, name: str, part: int, former: Sequence[str], columns: Sequence[str] | None = None
+    ) -> Iterator[pa.RecordBatch]:
         if _file(name, part) not in former:
             return
         former_self = _file(name, part)
@@ -471,7 +657,7 @@ class Sink:
             ):
                 left = file.metadata.num_rows
                 for group in range(file.num_row_groups):
-                    for batch in file.iter_batches(ROW_GROUP_ROWS, row_groups=[group]):
+                    for batch in file.iter_batches(ROW_GROUP_ROWS, row_groups=[group], columns=columns):
                         left -= batch.num_rows
                         yield batch
                 if left:  # Arrow passes over a page whose header is damaged
@@ -527,6 +713,31 @@ class _Group:
         """Rows that were asked again in vain and keep their former answer: what they have cost by now."""
         self.attempts: list[tuple[object, ...]] = []
 
+    def add(self, answer: Answer, attempt: Attempt, paid: tuple[object, ...]) -> None:
+        """Take in an answer, the attempt that brought it, and what its row has cost."""
+        first = answer.choices[0]
+        self.answers.append(answer)
+        self.bodies.append(attempt.body)
+        self.responses.append(
+            (
+                first.text,
+                first.reasoning,
+                first.finish_reason,
+                answer.model,
+                answer.system_fingerprint,
+                answer.id,
+                attempt.tier or answer.service_tier,
+                answer.service_tier_used,
+                attempt.cache_key,
+                *_usage(answer.usage),
+                *answer.times,
+                attempt.latency,
+                attempt.time_to_first_token,
+                attempt.waited,
+                *paid,
+            )
+        )
+
 
 class _Ahead:
     """Batches in order of row, read no further than asked, and let go when they are given out."""
@@ -568,6 +779,9 @@ class _Ahead:
 
 
 _UNKNOWN = Usage()
+_NO_ROW = 2**63 - 1
+"""Beyond all rows."""
+_JUDGED = ("kind", "body")
 
 
 def _paid_since(table: pa.Table, unanswered: list[tuple[object, ...]]) -> pa.Table:
@@ -586,8 +800,25 @@ def _pairs(attempts: pa.Table) -> Iterator[tuple[int, int]]:
     return zip(attempts["row"].to_pylist(), attempts["attempt"].to_pylist(), strict=True)
 
 
+def _end(table: pa.Table) -> int:
+    """The row after the last one."""
+    return int(table["row"][-1].as_py()) + 1 if len(table) else 0
+
+
 def _file(name: str, part: int) -> str:
     return f"{name}/part-{part:06d}.parquet"
+
+
+def _parsed(parser: Parser, answers: Iterable[Sequence[str | None]]) -> tuple[list[pa.Array], list[int]]:
+    """The columns that a parser makes of answers' texts, and the indices of those that could not be held exactly.
+
+    An answer that does not fit any more, since others are how answers are read, is null.
+    """
+    chosen = [parser.choose(texts) for texts in answers]
+    read = [(None, None) if isinstance(each, Misfit) else each for each in chosen]
+    column, altered = parser.column([value for value, _ in read])
+    shares = [pa.array([share for _, share in read], pa.float64())] if parser.vote else []
+    return [column, *shares], altered
 
 
 def _columns(
@@ -688,12 +919,14 @@ def _count(totals: Totals, name: str, table: pa.Table) -> None:
         billed_prompt_tokens=total("billed_prompt_tokens") or 0,
         billed_completion_tokens=total("billed_completion_tokens") or 0,
         cost_usd=total("cost_usd"),
+        unpriced=table.column("cost_usd").null_count,
     )
     if name == "responses":
         part.answered = table.num_rows
         for column in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "latency"):
             setattr(part, column, total(column) or 0)
         part.altered = total("altered") or 0
+        part.unfit = table.column("parsed").null_count if "parsed" in table.column_names else 0
         part.finish_reasons = counts("finish_reason")
     else:
         part.failed = table.num_rows

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from batcher import bits
 from batcher.errors import JobError, StorageError
 from batcher.job import Output
-from batcher.ledger import Lock, done_rows, lock_beside, open_read_only, parts_of
+from batcher.ledger import Lock, done_rows, lock_beside, open_read_only, parts_of, reparse_of
 from batcher.records import UNIT, FileRecord, PartRecord, Summary, Totals
 from batcher.store import FOLDERS, UNFINISHED, Results, not_here, results_at
 
@@ -36,6 +36,8 @@ class Verdict:
     """Selected rows without an outcome; None where the last run did not come to its end."""
     again: int = 0
     """Rows that a retry which was interrupted has still to ask."""
+    rereading: bool = False
+    """Whether a reparse was interrupted, so that parts are of the former reading or of the new one."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -101,6 +103,8 @@ class _Recount:
         self._ended = self._summary is not None and not results.unfinished
         """Whether the last run came to its end, and the summary is its."""
         self._selective = found.selective
+        self._under_way: int | None = None
+        """The part that a reparse which was interrupted was about to write."""
 
     def verdict(self) -> Verdict:
         """All parts, then what they make together."""
@@ -108,6 +112,9 @@ class _Recount:
         if damage != "ok":
             self._say("ledger.sqlite", f"is damaged: {damage}")
         records = dict(parts_of(self._ledger, UNIT))
+        if (reparse := reparse_of(self._ledger)) is not None:
+            self._found.rereading, self._ended = True, False
+            self._under_way = min((part for part in records if part > reparse.part), default=None)
         files = self._files()
         recorded = Totals()
         for part in sorted({*records, *files}):
@@ -117,8 +124,9 @@ class _Recount:
                     self._say(name, "is not known to the ledger")
                 continue
             self._found.parts += 1
-            complete = record.complete and not self._has("attempts", part)
-            again = self._has("again", part)
+            rewritten = self._under_way is not None and part == self._under_way
+            complete = record.complete and not self._has("attempts", part) and not rewritten
+            again = rewritten or self._has("again", part)
             totals = self._part(part, record, complete, again, files.get(part, set()))
             self._found.totals.add(totals)
             recorded.add(record.totals)
@@ -193,7 +201,7 @@ class _Recount:
 
     def _same_columns(self, name: str, schema: pa.Schema) -> None:
         first, expected = self._schemas.setdefault(name.split("/")[0], (name, schema))
-        if not schema.equals(expected):
+        if not schema.equals(expected) and not self._found.rereading:
             fields = {*schema, *expected} - ({*schema} & {*expected})
             names = ", ".join(sorted({field.name for field in fields})) or "their order"
             self._say(name, f"has other columns than {first}: {names}")
@@ -328,8 +336,10 @@ def _add(totals: Totals, folder: str, batch: pa.RecordBatch) -> None:
         setattr(part, name, summed if name == "cost_usd" else summed or 0)
     values = pc.value_counts(batch.column("finish_reason" if folder == "responses" else "kind")).to_pylist()
     counted = {pair["values"] or "": pair["counts"] for pair in values}
+    part.unpriced = batch.column("cost_usd").null_count
     if folder == "responses":
         part.answered, part.finish_reasons = batch.num_rows, counted
+        part.unfit = batch.column("parsed").null_count if "parsed" in batch.schema.names else 0
     else:
         part.failed, part.failure_kinds = batch.num_rows, counted
     totals.add(part)

@@ -9,11 +9,24 @@ from benchmarks.large import large
 from benchmarks.measure import Answer, machine, raise_open_files
 from benchmarks.memory import memory
 from benchmarks.overhead import latency, overhead
+from benchmarks.parse import parse
 from benchmarks.payload import payload
 from benchmarks.resume import resume
 from benchmarks.schedule import CASES, CLIENTS, plots, schedule, sockets
+from benchmarks.transport import transport
 
-QUESTIONS = ("overhead", "latency", "memory", "large", "resume", "payload", "dispatcher", "schedule")
+QUESTIONS = (
+    "overhead",
+    "latency",
+    "memory",
+    "large",
+    "resume",
+    "payload",
+    "parse",
+    "transport",
+    "dispatcher",
+    "schedule",
+)
 
 
 def show(answers: list[Answer]) -> None:
@@ -63,6 +76,10 @@ def main() -> None:
         answers += resume(arguments.resumed, arguments.pairs)
     if arguments.question in (None, "payload"):
         answers += payload()
+    if arguments.question in (None, "parse"):
+        answers += parse()
+    if arguments.question in (None, "transport"):
+        answers += transport(arguments.pairs, sizes=(5_000, 25_000))
     if arguments.question in (None, "dispatcher"):
         answers += dispatcher()
     if answers:

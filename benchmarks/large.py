@@ -51,6 +51,7 @@ def large(rows: int, kills: int = 10) -> list[Answer]:
             max_completion_tokens=workload.MAX_COMPLETION_TOKENS,
             base_url=base_url,
             in_flight=IN_FLIGHT,
+            library="aiohttp",
         )
         (folder / "job.toml").write_text(job)
         chance = random.Random(rows)

@@ -119,9 +119,10 @@ def run(command: Sequence[str], folder: Path = ROOT, environment: Mapping[str, s
 
 
 @contextmanager
-def server(delay: int) -> Iterator[str]:
+def server(delay: int, *, tls: bool = False) -> Iterator[str]:
     """The mock server on its own core, answering after `delay` milliseconds; gives its base URL."""
     command = [sys.executable, "-m", "benchmarks.server", "--delay", str(delay), "--core", str(SERVER_CORE)]
+    command += ["--tls"] * tls
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -147,7 +148,7 @@ def machine() -> str:
         if "model name" in line
     ]
     versions = []
-    for package in ("aiohttp", "uvloop", "msgspec", "pyarrow"):
+    for package in ("aiohttp", "pyreqwest", "uvloop", "msgspec", "pyarrow"):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:

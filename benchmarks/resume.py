@@ -118,6 +118,7 @@ def _write_job(folder: Path, base_url: str, suffix: str) -> None:
         max_completion_tokens=workload.MAX_COMPLETION_TOKENS,
         base_url=base_url,
         in_flight=256,
+        library="aiohttp",
     )
     (folder / "job.toml").write_text(job.replace("rows.parquet", f"rows.{suffix}"))
 

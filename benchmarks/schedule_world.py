@@ -82,6 +82,7 @@ class Line:
 
     def __init__(self, inner: ModelTransport, sent: list[Sent]) -> None:
         self.inner = inner
+        self.name = inner.name
         self._sent = sent
         self._now = asyncio.get_running_loop().time
 

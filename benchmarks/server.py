@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import cast
 
 from benchmarks.measure import Seen, loop_factory, pin, raise_open_files
+from benchmarks.tls import context
 
 CONTENT = (
     "The customer was charged twice for one month and asks for the second payment back. This is a billing matter: "
@@ -133,15 +134,16 @@ class Connection(asyncio.Protocol):
             self.transport.write(ANSWER % seen.requests)
 
 
-async def serve(port: int, delay: float) -> None:
+async def serve(port: int, delay: float, secure: bool) -> None:
     """Serve on the loopback address until SIGTERM or Ctrl-C."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     shared = Server(delay, loop)
-    listening = await loop.create_server(lambda: Connection(shared), "127.0.0.1", port, backlog=16_384)
-    print(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1", flush=True)
+    tls = context() if secure else None
+    listening = await loop.create_server(lambda: Connection(shared), "127.0.0.1", port, backlog=16_384, ssl=tls)
+    print(f"http{'s' * secure}://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1", flush=True)
     gc.freeze()
     gc.disable()
     await stop.wait()
@@ -152,9 +154,10 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--delay", type=int, default=0, help="milliseconds before an answer")
     parser.add_argument("--core", type=int, help="the core to stay on")
+    parser.add_argument("--tls", action="store_true", help="with the certificate of benchmarks/tls.py")
     arguments = parser.parse_args()
     if arguments.core is not None:
         pin(arguments.core)
     raise_open_files()
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(serve(arguments.port, arguments.delay / 1000))
+        runner.run(serve(arguments.port, arguments.delay / 1000, arguments.tls))

@@ -362,6 +362,7 @@ class Line:
 
     def __init__(self, inner: ModelTransport) -> None:
         self.inner = inner
+        self.name = inner.name
         self.cut = False
 
     async def send(self, request: Request) -> Reply | Failure:

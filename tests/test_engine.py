@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -432,6 +433,18 @@ def test_several_choices_and_completions(tmp_path: Path, well: Simulator) -> Non
         assert [choice["index"] for choice in row["choices"]] == [0, 1, 2]
         assert row["choices"][0]["text"] == row["response"]
         assert json.loads(row["raw"])["object"] == "text_completion"
+
+
+def test_a_run_names_its_http_library_and_says_when_that_is_not_there(
+    tmp_path: Path, well: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The faster one where it is installed, the other one where it is not; asked for in vain it is missed in a line."""
+    fast = {"service": {"transport": "reqwest"}}
+    assert batcher.run(job(tmp_path, well.url, rows=3)).summary.transport == "reqwest"
+    monkeypatch.setitem(sys.modules, "pyreqwest", None)
+    assert batcher.run(job(tmp_path, well.url, rows=3)).summary.transport == "aiohttp"
+    spec = job(tmp_path, well.url, rows=3, more=fast)
+    assert "pip install" in str(ended(batcher.errors.JobError, lambda: batcher.run(spec)))
 
 
 def test_an_empty_input_is_a_finished_job(tmp_path: Path, well: Simulator) -> None:

@@ -58,6 +58,7 @@ WHOLE: Sections = {
         "headers_env": "MY_HEADERS",
         "encoding": "json",
         "compression": "none",
+        "transport": "reqwest",
         "timeout": "90s",
         "proxy": True,
         "prices": {
@@ -259,17 +260,26 @@ WRONG = [
     ("output.keep", [""], ["output.keep[0]"]),
     ("output.rows_per_part", 0, ["output.rows_per_part: a whole number from 1 to 10,000,000, not 0"]),
     ("output.raw", "yes", ["output.raw: true or false, not 'yes'"]),
+    ("score", {}, ["score.target is missing"]),
+    ("score.target", "", ["score.target: a text of at least 1"]),
+    (
+        "score",
+        {"target": "label", "method": "exakt"},
+        ["score.method: exact, number, choice", "or module:function", "did you mean exact?"],
+    ),
+    ("score", {"target": "label", "method": "mine.py:grade it"}, ["score.method: exact", "not 'mine.py:grade it'"]),
+    ("score", {"target": "label", "answer": "regex:("}, ["score.answer: no regular expression"]),
+    ("score", {"target": "label", "answer": "label"}, ["score.answer: response, parsed, reasoning", "not 'label'"]),
+    ("score", {"target": "label", "by": ["task"]}, ["score.by: a text"]),
 ]
 LATER = [
     ("sweep", {"model": ["a", "b"]}),
-    ("score", {}),
     ("request.prompt_cache_key", "auto"),
     ("request.max_completion_tokens", "auto"),
     ("schedule.service_tier", ["flex", "default"]),
     ("schedule.deadline", "6h"),
     ("schedule.budget_usd", 20.0),
     ("schedule.dedupe", False),
-    ("retry.repair", False),
 ]
 
 

@@ -203,6 +203,8 @@ def test_a_wrong_key_is_what_the_first_request_says(tmp_path: Path) -> None:
 class Said:
     """A transport that answers looks with given bodies."""
 
+    name = "none"
+
     def __init__(self, *bodies: bytes) -> None:
         self._bodies = list(bodies)
 

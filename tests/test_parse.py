@@ -2,9 +2,12 @@
 
 import io
 import json
+import re
+from datetime import UTC, date, datetime, time, timedelta, timezone
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
+from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batcher.errors import JobError
-from batcher.parse import AnswerSchema, Misfit, format_schema
+from batcher.parse import AnswerSchema, format_schema
+from batcher.records import Misfit
 
 STRING = {"type": "string"}
 INTEGER = {"type": "integer"}
@@ -66,6 +70,12 @@ DEFS = {
         ({"type": "number"}, pa.float64()),
         ({"type": "number", "enum": [1, 2]}, pa.float64()),
         ({"type": "boolean"}, pa.bool_()),
+        ({"type": "string", "format": "date"}, pa.date32()),
+        ({"enum": ["2026-01-31", None], "format": "date"}, pa.date32()),
+        ({"type": ["null", "string"], "format": "date-time"}, pa.timestamp("us", tz="UTC")),
+        ({"type": "string", "format": "time"}, pa.time64("us")),
+        ({"type": "string", "format": "email"}, pa.string()),
+        ({"allOf": [{"$ref": "#/$defs/label"}], "default": "a"}, pa.string()),
         ({"type": ["integer", "null"]}, pa.int64()),
         ({"anyOf": [INTEGER, {"type": "null"}]}, pa.int64()),
         ({"anyOf": [{"type": "null", "title": "none"}, {"$ref": "#/$defs/label"}]}, pa.string()),
@@ -85,6 +95,24 @@ DEFS = {
 def test_types(place: dict[str, object], expected: pa.DataType) -> None:
     """Each place in a schema that is of the typed subset has its Arrow type, and the field may be null."""
     assert of({"x": place}, **{"$defs": DEFS}).arrow_type == pa.struct([pa.field("x", expected)])
+
+
+def shown_types() -> list[tuple[str, ...]]:
+    """The lines of the type table in docs/labels.md: schema, type, answer and what is kept, the last in a cell each."""
+    text = (Path(__file__).parents[1] / "docs/labels.md").read_text()
+    table = text.partition("| a place in the schema |")[2].partition("\n\n")[0]
+    return [tuple(re.findall(r"`([^`]*)`", cell)[-1] for cell in line.split(" | ")) for line in table.splitlines()[2:]]
+
+
+@pytest.mark.parametrize("line", shown_types())
+def test_the_type_table_is_true(line: tuple[str, ...]) -> None:
+    """Each line of the table says what column a schema has, and what becomes of an answer."""
+    place, kind, answer, kept = line
+    schema = of({"x": json.loads(place)}, **{"$defs": DEFS})
+    assert str(schema.arrow_type.field("x").type) == kind
+    array, altered = schema.column([fitting(schema, f'{{"x": {answer}}}')])
+    assert json.loads(json.dumps(array.to_pylist()[0]["x"], default=str)) == json.loads(kept)
+    assert altered == []
 
 
 @pytest.mark.parametrize(
@@ -154,6 +182,7 @@ def same(values: st.SearchStrategy[object]) -> st.SearchStrategy[tuple[object, o
 NAMES = st.text(max_size=6)
 INT64 = st.integers(-(2**63), 2**63 - 1)
 WHOLE = st.integers(-(2**53), 2**53)
+OFFSETS = st.integers(-23 * 60, 23 * 60).map(lambda minutes: timezone(timedelta(minutes=minutes)))
 LEAVES: list[Case] = [
     Case({"type": "string"}, pa.string(), same(st.text())),
     Case({"type": "integer"}, pa.int64(), same(INT64) | WHOLE.map(lambda n: (float(n), n))),
@@ -163,6 +192,25 @@ LEAVES: list[Case] = [
         same(st.floats(allow_nan=False, allow_infinity=False)) | st.integers().map(lambda n: (n, float(n))),
     ),
     Case({"type": "boolean"}, pa.bool_(), same(st.booleans())),
+    Case(
+        {"type": "string", "format": "date"},
+        pa.date32(),
+        st.dates(date(1, 1, 1)).map(lambda day: (day.isoformat(), day)),
+    ),
+    Case(
+        {"type": "string", "format": "date-time"},
+        pa.timestamp("us", tz="UTC"),
+        st.datetimes(datetime(1, 1, 2), datetime(9999, 12, 30), timezones=OFFSETS).map(
+            lambda moment: (moment.isoformat(), moment.astimezone(ZoneInfo("UTC")))
+        ),
+    ),
+    Case(
+        {"type": "string", "format": "time"},
+        pa.time64("us"),
+        st.tuples(st.times(), st.sampled_from(["", "Z", "+00:00"])).map(
+            lambda p: (p[0].isoformat() + p[1], p[0].replace(fold=0))
+        ),
+    ),
 ]
 
 
@@ -235,7 +283,7 @@ def roots(draw: st.DrawFn) -> Case:
     return root._replace(schema={**root.schema, "$defs": definitions})
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_fitting_values_come_back(data: st.DataObject) -> None:
     """Whatever the schema of the typed subset, values that fit it are read, stored in Parquet and read back equal."""
@@ -325,9 +373,7 @@ TICKET = of(
         ("", "not JSON: Expecting value, at character 0 of 0"),
         ("It is a bug.", "not JSON: Expecting value, at character 0 of 12"),
         ("{'label': 'bug'}", "not JSON: Expecting property name enclosed in double quotes, at character 1 of 16"),
-        ('{"label": "bug"} I hope', "not JSON: Extra data, at character 17 of 23"),
         ('{"label": "bug"', "not JSON: Expecting ',' delimiter, at character 15 of 15"),
-        ('```json\n{"label": "bug"}\n```', "not JSON: Expecting value, at character 0 of 28"),
         ('{"label": "bug", "size": NaN}', "NaN is not a JSON number"),
         ('{"label": "bug", "size": -Infinity}', "-Infinity is not a JSON number"),
         ('{"label": "bug", "size": 1e999}', "the number 1e999 is out of range"),
@@ -359,6 +405,87 @@ TICKET = of(
 def test_misfits_say_where_and_why(text: str | None, expected: str) -> None:
     """A text that does not fit gets one line: the JSON pointer of the place, and the reason."""
     assert message(TICKET, text)[: len(expected)] == expected
+
+
+FOUND = '{"label": "bug", "level": 2}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"```json\n{FOUND}\n```",
+        f"```\n{FOUND}\n```\nI hope that this helps.",
+        f"Here is the answer: {FOUND} I hope that this helps.",
+        f'First I thought {{"label": "bill"}}, but no: {FOUND}',
+        f"Of [1] and {{those}} I take {FOUND}",
+        f"{FOUND}\n\nThat was it }} or so.",
+        f"{FOUND}{FOUND}",
+    ],
+)
+def test_an_object_in_prose_is_found(text: str) -> None:
+    """Where the text is no JSON, the last object in it that stands in no other brackets is the answer."""
+    value = fitting(TICKET, text)
+    assert (value["label"], value["level"]) == ("bug", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('Sure: {"more": {"label": "bug"}, "size": NaN}', "NaN is not a JSON number"),
+        ('Sure: {"label": "bug", "label": "bug"}', 'the key "label" stands twice in one object'),
+        ("Sure: {'label': 'bug', 'more': {\"label\": \"bug\"}}", "not JSON: Expecting value, at character 0 of "),
+        ('Sure: {"more": {"label": "bug"}, "label": "b', "not JSON: Expecting value, at character 0 of "),
+        ('{"label": "bug"} or rather {"label": "b', "not JSON: Extra data, at character 17 of "),
+        ('Sure: ["a", {"label": "bug"}', "not JSON: Expecting value, at character 0 of "),
+        ('Sure: ["a", {"label": "bug"}]', "not JSON: Expecting value, at character 0 of "),
+        ("{'label': 'bug'}", "not JSON: Expecting property name enclosed in double quotes, at character 1 of 16"),
+        ('{"label": "bug",}', "not JSON: "),
+    ],
+)
+def test_what_is_part_of_something_else_is_not_found(text: str, expected: str) -> None:
+    """Nothing is taken out of an object that is cut off, refused or none of JSON, or out of an array."""
+    assert message(TICKET, text)[: len(expected)] == expected
+
+
+MOMENTS = of({name: {"type": "string", "format": name} for name in ("date", "date-time", "time")})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("date", "2026-01-31", date(2026, 1, 31)),
+        ("date", "2026-02-30", None),
+        ("date", "20260131", None),
+        ("date", "2026-W05-6", None),
+        ("date", "0000-01-01", None),
+        ("date", "2026-01-31T00:00:00Z", None),
+        ("date", "31.01.2026", None),
+        ("date-time", "2026-01-31T08:30:00Z", datetime(2026, 1, 31, 8, 30, tzinfo=UTC)),
+        ("date-time", "2026-01-31t08:30:00.123456789z", datetime(2026, 1, 31, 8, 30, 0, 123456, UTC)),
+        ("date-time", "2026-01-31T08:30:00-02:30", datetime(2026, 1, 31, 11, 0, tzinfo=UTC)),
+        ("date-time", "2026-01-31T08:30:00", None),
+        ("date-time", "2026-01-31 08:30:00Z", None),
+        ("date-time", "2026-01-31", None),
+        ("date-time", "2026-12-31T23:59:60Z", None),
+        ("date-time", "9999-12-31T23:59:59-01:00", None),
+        ("time", "08:30:00.5", time(8, 30, 0, 500_000)),
+        ("time", "08:30:00Z", time(8, 30)),
+        ("time", "08:30:00+02:00", None),
+        ("time", "08:30", None),
+        ("time", "24:00:00", None),
+    ],
+)
+def test_moments_are_those_of_rfc_3339(name: str, text: str, expected: object) -> None:
+    """A format that decides a type is checked: what is no date is no answer, and none is guessed."""
+    found = MOMENTS.read(json.dumps({name: text}))
+    if expected is None:
+        assert isinstance(found, Misfit)
+        kind = {"date": "a date", "date-time": "a date-time with offset", "time": "a time"}[name]
+        assert found.message.startswith(f"/{name}: not {kind} such as ")
+        assert found.message.endswith(f'"{text}"')
+    else:
+        assert not isinstance(found, Misfit)
+        assert found[name] == expected
 
 
 def test_key_twice_is_found_beside_colons_and_escapes() -> None:

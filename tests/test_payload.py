@@ -42,7 +42,7 @@ def refused(folder: Path, status: int, rows: int, **service: str) -> tuple[str, 
         nonlocal packed
         while request := await caller.request():
             head = request.partition(b"\r\n\r\n")[0].lower()
-            if b"content-encoding" in head or b"msgpack" in head:
+            if head.startswith(b"post") and (b"content-encoding" in head or b"msgpack" in head):
                 packed += 1
                 await caller.say(answer(b'{"message": "cannot parse body"}', status=f"{status} No"))
             else:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 import duckdb
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -62,6 +63,7 @@ DONE = Summary(
     finished_at="2026-11-01T10:01:40+00:00",
     seconds=100.0,
     requests=12_400,
+    transport="reqwest",
     version="1",
 )
 
@@ -289,7 +291,7 @@ def test_the_summary_has_every_sum() -> None:
         "1,234,567 prompt, 1,000 of them cached, 98,765 completion",
         "$1.50",
         "length 40",
-        "1 min 40 s, 124 requests per second",
+        "1 min 40 s, 124 requests per second over reqwest",
         "out/tickets/responses",
         "out/tickets/failures",
     ):
@@ -311,6 +313,7 @@ def test_what_is_not_known_is_called_unknown() -> None:
             finished_at="",
             seconds=0.0,
             requests=4,
+            transport="aiohttp",
             version="1",
         ),
         "out",
@@ -320,6 +323,19 @@ def test_what_is_not_known_is_called_unknown() -> None:
     assert "unknown: the input was not counted" in text
     assert "10; 4 by this run" in text
     assert "failures" not in text
+
+
+def test_rows_without_a_price_are_told_of() -> None:
+    """Rows that cost nothing beside rows of unknown price make no cost of $0; what is known is told beside them."""
+
+    def cost(**known: float) -> str:
+        totals = msgspec.structs.replace(DONE.totals, **known)
+        text = render(msgspec.structs.replace(DONE, totals=totals), "out")
+        return next(line.strip() for line in text.splitlines() if line.startswith("  cost"))
+
+    assert cost(cost_usd=0.0, unpriced=12_340) == "cost      unknown price"
+    assert cost(cost_usd=1.5, unpriced=40) == "cost      $1.50, and 40 rows whose price is not known"
+    assert cost(cost_usd=0.0) == "cost      $0.00"
 
 
 @pytest.mark.parametrize("name", ["out", 'a folder, "quoted" by O\'Neill for $HOME `x`'])

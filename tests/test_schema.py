@@ -28,8 +28,9 @@ BEYOND = [
     ("schedule.queue_threshold", "2s"),
     ("schedule.queue_threshold", "20ms"),
     ("schedule.queue_threshold", "21s"),
+    ("score", {"target": "label", "answer": "regex:("}),
 ]
-"""What a schema does not say: which texts are paths, which words are taken for later, and how long a duration is."""
+"""What a schema does not say: which texts are paths or expressions, which words are for later, how long a time is."""
 
 
 def documents() -> Iterator[tuple[str, dict[str, object]]]:

@@ -199,6 +199,7 @@ PAID = {
     "request_hash": "string",
 }
 FAILURE = {"kind": "string", "status": "int32", "type": "string", "code": "string", "message": "string"}
+FAILURE["response"] = "string"
 ATTEMPT = {
     "row": "int64",
     "attempt": "int32",

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 import pyarrow as pa
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -591,6 +592,23 @@ def write_parquet(*columns: dict[str, list[object]]) -> Callable[[Path], None]:
             pq.write_table(pa.table(table), folder / f"{index}.parquet")
 
     return write
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("order", [("empty", "full"), ("full", "empty")])
+def test_a_column_without_any_value_takes_the_type_that_other_files_give_it(
+    tmp_path: Path, suffix: str, order: tuple[str, str]
+) -> None:
+    """pandas writes a column of nothing but nulls without a type; it lies beside files that know the type."""
+    tables = {"empty": pa.table({"a": pa.nulls(2)}), "full": pa.table({"a": ["x", None]})}
+    for name in order:
+        write = pq.write_table if suffix == "parquet" else feather.write_feather
+        write(tables[name], tmp_path / f"{name}.{suffix}")
+    source = open_source([f"{name}.{suffix}" for name in order], tmp_path, None, 10)
+    expected = [None, None, "x", None] if order[0] == "empty" else ["x", None, None, None]
+    assert [row.fields["a"] for row in rows(source)] == expected
+    assert kept(source, ["a"]).schema.field("a").type == pa.string()
+    assert kept(source, ["a"])["a"].to_pylist() == expected
 
 
 def write_truncated(folder: Path) -> None:

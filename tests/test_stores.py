@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 import subprocess
 from collections.abc import Iterator
@@ -220,6 +221,24 @@ def test_a_retry_into_a_store_survives_a_kill(tmp_path: Path, uri: str) -> None:
         ended = stories.program("retry", uri)
         assert ended.returncode == 0, ended.stderr
         check_complete(uri, tmp_path, 90, service)
+
+
+def test_answers_in_a_store_are_read_again(tmp_path: Path, uri: str) -> None:
+    """A reparse that was killed between two parts goes on, asks nothing, needs no key, and leaves one reading."""
+    with stories.service() as service:
+        job = job_to(tmp_path, service, uri, request={"parse": r"regex:\w+"})
+        assert stories.run(job).returncode == 0
+        words = ["reparse", uri, "--set", r"request.parse=regex:^\W*(\w+)"]
+        killed = stories.program(*words, BATCHER_KILLPOINT="responses.placed:2", STORY_KEY="")
+        assert killed.returncode == -9, killed.stderr
+        verdict = verify(uri)
+        assert (verdict.problems, verdict.rereading) == ([], True)
+        ended = stories.program("reparse", uri, STORY_KEY="")
+        assert (ended.returncode, ended.stdout) == (0, f"{uri}: 90 answers are read again\n"), ended.stderr
+        check_complete(uri, tmp_path, 90, service)
+        assert asked(service) == 90
+    for row in stories.table(fetched(uri, tmp_path), "responses").to_pylist():
+        assert row["parsed"] == re.findall(r"\w+", row["response"])[0]
 
 
 # Bad weather

@@ -1,6 +1,5 @@
 """A retry: rows of a finished output are asked again, and their parts written again with what came of it."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -8,21 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batcher.engine.feed import Feed, Reader
-from batcher.engine.prepared import agree_again, not_ours, prepare
+from batcher.engine.held import finished_summary, held, reparse_under_way, summary_of
+from batcher.engine.prepared import agree_again, prepare
 from batcher.engine.publish import Range
-from batcher.engine.run import exclusively, live
+from batcher.engine.run import live
 from batcher.engine.threads import aside
 from batcher.errors import JobError, StorageError
-from batcher.job import Job, from_document, parse_document
-from batcher.ledger import GONE, Ledger, Progress
+from batcher.job import Job
+from batcher.ledger import Ledger, Progress
 from batcher.records import UNIT, Former, Kind, PartRecord, Retried, Snapshot, Summary
 from batcher.sink import Shape
-from batcher.store import Folder, Results, not_here, results_at
+from batcher.store import Results
 from batcher.transport import Transport
 from batcher.where import Condition
 
@@ -44,29 +43,8 @@ class Retrial(NamedTuple):
 @contextmanager
 def reopened(output: str | Path, where: str | None, settings: Sequence[str]) -> Iterator[Retrial]:
     """Hold a finished output, or one whose retry was interrupted. Raises JobError, OutputInUseError, StorageError."""
-    results = results_at(output)
-    if results.folder is not None:
-        results = Folder(Path(os.path.abspath(results.folder)))
-    written = results.read("job.toml")
-    if written is None:
-        raise JobError(f"{output}: no output of batcher, for it has no job.toml")
-    document = parse_document(written, "job.toml")
-    section = document.get("output")
-    if not isinstance(section, dict):
-        raise JobError(f"{results}/job.toml: is damaged: the section [output] is missing")
-    section["path"] = str(results)
-    path = Path(results.folder or "", str(section.get("ledger") or "ledger.sqlite"))
-    if not path.is_file():
-        raise StorageError(f"{path}: {GONE if results.folder else not_here(results)}")
-    with exclusively(results, path):
-        ledger = Ledger(path)
-        folder, texts = ledger.meta("folder"), ledger.meta("texts")
-        if folder is None or texts is None:
-            raise JobError(f"{output}: nothing has been asked yet: run the job to its end first")
-        base = from_document(
-            document, Path(os.fsdecode(folder)), "job.toml", msgspec.json.decode(texts, type=dict[str, str])
-        )
-        if refusal := not_ours(base):
+    with held(output) as (base, ledger):
+        if refusal := reparse_under_way(ledger, base.results):
             raise JobError(refusal)
         retries = ledger.retries()
         begun = retries[-1] if retries and retries[-1].finished_at is None else None
@@ -100,31 +78,13 @@ async def retry(
         raise JobError(f"no retry is under way in {job.results}")
     prepared = await aside(prepare, job, base_url, table)
     shape = await aside(agree_again, ledger, retrial.base, prepared)
-    before = _summary(job.results)
+    before = summary_of(job.results)
     if not retrial.begun:
-        finished = _finished(job.results, before, ledger)
+        finished = finished_summary(job.results, before, ledger)
         if not await aside(_begin, retrial, shape):
             return finished
     feed = partial(_Again, abandon, before.selected if before else None)
     return await live(prepared, ledger, shape, feed, transport, watch, signals)
-
-
-def _summary(results: Results) -> Summary | None:
-    """What the last run left, if it came to its end."""
-    try:
-        return msgspec.json.decode(results.read("summary.json") or b"", type=Summary)
-    except msgspec.MsgspecError:
-        return None
-
-
-def _finished(results: Results, summary: Summary | None, ledger: Ledger) -> Summary:
-    """The summary of an output in which nothing is pending."""
-    if summary is None or (summary.pending == 0 and ledger.pending(UNIT)):
-        raise JobError(f"{results}: the last run did not come to its end: run the job to its end first")
-    if summary.pending != 0:
-        rows = "rows" if summary.pending is None else f"{summary.pending:,} rows"
-        raise JobError(f"{results}: {rows} are pending: run the job to its end first")
-    return summary
 
 
 # Which rows
@@ -264,10 +224,10 @@ class _Again(Feed):
         """Offer one part's rows that are asked again; false when the run ends in it."""
         opened = await self._range(part)
         rows, again = opened.rows, opened.again
+        opened.changed = part in self._progress
         progress = self._progress.pop(part, None) or Progress(frozenset(), 0, {})
         wanted = again.keys() - progress.done
         await self._press.begin(opened, len(wanted), self._dispatcher.ceiling)
-        opened.changed = bool(progress.done)
         # Their attempts are counted on from those of before; what failed then is forgiven.
         before: dict[int, tuple[int, dict[Kind, int]]] = {row: (again[row].attempts, {}) for row in wanted}
         tried = before | progress.tried

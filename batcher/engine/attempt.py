@@ -11,8 +11,9 @@ from batcher.engine.prepared import Prepared
 from batcher.engine.turns import Turns
 from batcher.errors import BatcherError
 from batcher.ledger import Ledger
-from batcher.parse import Misfit
-from batcher.records import Answer, Attempt, Failure, Kind, Outcome, Reply, Timing, Turn
+from batcher.parse import Parser
+from batcher.prompt import repaired
+from batcher.records import Answer, Attempt, Failure, Kind, Misfit, Outcome, Reply, Request, Timing, Turn
 from batcher.retry import Again, Guard, decide
 from batcher.schedule import Dispatcher, Ticket
 from batcher.transport import Transport
@@ -90,15 +91,9 @@ class Attempts:
         answer = self._prepared.access.dialect.read(result)
         if isinstance(answer, Failure) or self._prepared.parser is None:
             return answer
-        first = answer.choices[0]
-        value = self._prepared.parser.read(first.text)
-        if not isinstance(value, Misfit):
+        message = misfit(self._prepared.parser, answer)
+        if message is None:
             return answer
-        message = value.message
-        if first.text is None and first.refusal is not None:
-            message = f"the model refused: {first.refusal[:300].encode('utf-8', 'replace').decode()}"
-        if first.finish_reason == "length":
-            message += " (the answer was cut off at its token limit)"
         return Failure(Kind.INVALID_OUTPUT, message, result.timing, result.status, paid=True, usage=answer.usage)
 
     def decide_late(self, attempt: Attempt) -> None:
@@ -126,8 +121,8 @@ class Attempts:
         attempt.outcome = Outcome.ANSWERED
         usage = answer.usage
         queued = answer.times.queue_time
-        if queued is None:
-            queued = attempt.time_to_first_token
+        if queued is None and ticket.turn.request.stream:
+            queued = attempt.time_to_first_token  # without streaming it is the whole answer's time
         self._dispatcher.answered(ticket, usage, queued, self._now())
         self._guard.answered()
         if self.held:
@@ -155,7 +150,11 @@ class Attempts:
             tried[failure.kind] = tried.get(failure.kind, 0) + 1
             again = decide(failure, tried, settings.max_attempts, settings.max_invalid)
         if again is not None:
-            self._dispatcher.again(Turn(turn.request, now + again.wait, turn.attempt + 1, tried), again.cost)
+            request, plain = turn.request, turn.plain
+            if failure.kind is Kind.INVALID_OUTPUT and settings.repair:
+                plain = plain or request
+                request = repair(self._prepared, plain, attempt)
+            self._dispatcher.again(Turn(request, now + again.wait, turn.attempt + 1, tried, plain), again.cost)
             self._turns.wake()
         elif self._guard.holds(failure):
             self.held.append(attempt)
@@ -203,7 +202,27 @@ class Attempts:
             self._dispatcher.limits(self._prepared.access.dialect.limits(result.headers), ticket, now)
 
 
+def misfit(parser: Parser, answer: Answer) -> str | None:
+    """Why an answer does not fit; None where it does."""
+    value = parser.choose([choice.text for choice in answer.choices])
+    if not isinstance(value, Misfit):
+        return None
+    first, message = answer.choices[0], value.message
+    if first.text is None and first.refusal is not None:
+        message = f"the model refused: {first.refusal[:300].encode('utf-8', 'replace').decode()}"
+    if first.finish_reason == "length":
+        message += " (the answer was cut off at its token limit)"
+    return message
+
+
 _INTERRUPTED = Failure(Kind.INTERRUPTED, "the run ended while this was in flight", paid=True)
+
+
+def repair(prepared: Prepared, plain: Request, attempt: Attempt) -> Request:
+    """The request that shows the model what did not fit in this attempt; without a text there is nothing to show."""
+    answer = prepared.access.dialect.read(reply(attempt))
+    text = answer.choices[0].text if isinstance(answer, Answer) else None
+    return plain if text is None else repaired(plain, text, attempt.message or "")
 
 
 def _explain(attempt: Attempt, failure: Failure) -> None:

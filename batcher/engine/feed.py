@@ -8,6 +8,7 @@ import msgspec
 
 from batcher import bits
 from batcher.engine import selection
+from batcher.engine.attempt import repair
 from batcher.engine.counts import Counts
 from batcher.engine.prepared import Prepared
 from batcher.engine.publish import Press, Range
@@ -142,10 +143,12 @@ class Feed:
         self._look_beyond()
 
     def _look_ahead(self) -> None:
-        """Raise JobError when a request is not served: before anything is sent, if it is among the first. Blocks."""
+        """Raise JobError, before anything is sent, for what the first rows show to be wrong with all. Blocks."""
         most = LOOKED_AT if self._limit is None else min(LOOKED_AT, self._limit)
         chosen = self._selection or Selection(bits.first(most), most)
-        selection.refuse_unserved(self._prepared, selection.first_rows(self._prepared, chosen, most))
+        rows = selection.first_rows(self._prepared, chosen, most)
+        selection.refuse_unserved(self._prepared, rows)
+        selection.unscored(self._prepared, rows)
 
     def _look_beyond(self) -> None:
         """Count what earlier runs have done of rows that are not selected now."""
@@ -162,7 +165,8 @@ class Feed:
         """Offer what is left. Raises JobError when the input cannot be read on."""
         if is_selective(self._prepared):
             await abandonable(self._select)
-        if self._prepared.job.request.endpoint is None and not self._turns.closed:
+        looks = self._prepared.job.request.endpoint is None or self._prepared.scorer is not None
+        if looks and not self._turns.closed:
             await aside(self._look_ahead)
         reader: Reader | None = None
         part, recorded = 0, max(self._progress, default=0)
@@ -180,12 +184,14 @@ class Feed:
         self.ended = True
 
     async def reopen(self) -> None:
-        """Open the ranges that were not reached and of which earlier runs recorded more than they published."""
-        for part, progress in self._progress.items():
-            if progress.done:
-                opened = await self._range(part)
-                opened.changed = True
-                self._press.open[part] = opened
+        """Open the ranges that were not reached and of which earlier runs recorded more than they published.
+
+        Attempts are enough: a killed run may have put a part with nothing else into its place, and not noted it.
+        """
+        for part in self._progress:
+            opened = await self._range(part)
+            opened.changed = True
+            self._press.open[part] = opened
 
     async def _range(self, part: int) -> Range:
         """A range as it is before anything of it is offered."""
@@ -212,8 +218,8 @@ class Feed:
         rows = opened.rows
         await self._press.begin(opened, wanted.bit_count(), self._dispatcher.ceiling)
         opened.done = self._done.get(part, 0) | wanted
+        opened.changed = part in self._progress
         progress = self._progress.pop(part, None) or Progress(frozenset(), 0, {})
-        opened.changed = bool(progress.done)
         seen = rows.start
         async for batch in reader.until(rows.stop):
             if seen == rows.start:
@@ -242,12 +248,15 @@ class Feed:
     async def _offer(self, rows: Sequence[Row], tried: Mapping[int, tuple[int, dict[Kind, int]]]) -> bool:
         """Offer these rows and return when more are wanted; false when the run ended."""
         composer = self._prepared.composer
+        unfit: Mapping[int, Attempt] = {}
+        if self._prepared.job.retry.repair and rows and tried:
+            unfit = await aside(self._ledger.unfit, UNIT, rows[0].position, rows[-1].position + 1)
         size = _IMAGES_AT_ONCE if composer.reads_files else max(1, len(rows))
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
             made = await aside(_composed, composer, some) if composer.reads_files else _composed(composer, some)
             pairs = zip(some, made, strict=True)
-            turns = [turn for row, request in pairs if (turn := self._turn(row, request, tried)) is not None]
+            turns = [turn for row, request in pairs if (turn := self._turn(row, request, tried, unfit)) is not None]
             self._dispatcher.offer(turns)
             self._turns.wake()
             await self._turns.hungry(sum([len(turn.request.body) for turn in turns]) // max(1, len(turns)))
@@ -256,13 +265,22 @@ class Feed:
         return not self._turns.closed
 
     def _turn(
-        self, row: Row, request: Request | Failure, tried: Mapping[int, tuple[int, dict[Kind, int]]]
+        self,
+        row: Row,
+        request: Request | Failure,
+        tried: Mapping[int, tuple[int, dict[Kind, int]]],
+        unfit: Mapping[int, Attempt],
     ) -> Turn | None:
-        """A row's request with what is known of earlier attempts; a row that cannot be one has failed."""
+        """A row's request with what is known of earlier attempts; a row that cannot be one has failed.
+
+        Of an answer in `unfit` the model is told why it does not fit.
+        """
         if isinstance(request, Failure):
             self._ledger.record(_never_sent(row.position, request))
             return None
         attempt, kinds = tried.get(row.position, (0, None))
+        if unfit and (shown := unfit.get(row.position)) is not None:
+            return Turn(repair(self._prepared, request, shown), self._now(), attempt + 1, kinds, request)
         return Turn(request, self._now(), attempt + 1, kinds)
 
 

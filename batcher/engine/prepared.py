@@ -3,7 +3,7 @@
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +14,13 @@ from batcher.access import Access, access
 from batcher.dialects import Dialect
 from batcher.dialects.prices import cost
 from batcher.errors import JobError
-from batcher.job import Job, RequestTemplate, differences
+from batcher.job import READING, Job, RequestTemplate, differences
 from batcher.ledger import Ledger, open_read_only
-from batcher.parse import AnswerSchema, format_schema
+from batcher.parse import AnswerSchema, Choices, Parser, Pattern, format_schema
 from batcher.prompt import Composer
+from batcher.records import UNIT, PartRecord
 from batcher.redact import redactor
+from batcher.score import Scorer
 from batcher.sink import FILLABLE, Shape
 from batcher.source import FileIdentity, Source, changed, open_source, open_table
 from batcher.store import Results, is_remote
@@ -41,11 +43,18 @@ class Prepared(NamedTuple):
     source: Source
     condition: Condition | None
     composer: Composer
-    parser: AnswerSchema | None
+    parser: Parser | None
+    """What reads the answers; None where they are plain text."""
+    scorer: Scorer | None
     access: Access
     keep: tuple[str, ...]
     schema_note: str | None
     """What the job's author should know of how the schema is sent."""
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The input's columns that are looked at before a request is sent."""
+        return self.composer.names | (self.scorer.inputs if self.scorer else frozenset())
 
     def price(self, model: str, prompt: int, cached: int, completion: int, tier: str | None) -> float | None:
         """USD of these tokens in a tier, None where the model's price is not known."""
@@ -62,10 +71,12 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
     way = access(job.service, origin, base_url, job.schedule.queue_threshold)
     _refuse_secrets(job, way.secrets)
     template = job.request
-    parser = _parser(template, origin)
+    parser = parser_of(template, origin)
+    if job.retry.repair and parser is None:
+        raise JobError(f"{origin}: retry.repair: nothing reads the answers; give choices, parse or response_format")
     form, note = _format(template, way.dialect)
     composer = Composer(template, form, origin, job.schedule.service_tier, (job.folder, *_input_folders(job)))
-    source = _source(job, table)
+    source = source_of(job, table)
     known = ", ".join(source.columns)
     if missing := sorted(composer.names - set(source.columns)):
         raise JobError(f"{origin}: request: no column {missing[0]} in the input; its columns are {known}")
@@ -73,11 +84,12 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
     for section, name in (("input.id", job.input.id), *(("output.keep", name) for name in keep)):
         if name is not None and name not in source.columns:
             raise JobError(f"{origin}: {section}: no column {name} in the input; its columns are {known}")
+    scorer = scorer_of(job, source, parser)
     source.schema(keep)
     condition = None
     if job.input.where is not None:
         condition = Condition(job.input.where, source.schema(source.columns), f"{origin}: input.where")
-    return Prepared(job, source, condition, composer, parser, way, keep, note)
+    return Prepared(job, source, condition, composer, parser, scorer, way, keep, note)
 
 
 def _refuse_secrets(job: Job, secrets: Sequence[str]) -> None:
@@ -91,7 +103,7 @@ def _refuse_secrets(job: Job, secrets: Sequence[str]) -> None:
             )
 
 
-def _source(job: Job, table: object) -> Source:
+def source_of(job: Job, table: object) -> Source:
     """The job's rows; the files that an earlier run knew stand first."""
     given = job.input
     if table is not None:
@@ -142,16 +154,34 @@ def claim(ledger: Ledger, results: Results) -> None:
         raise JobError(f"{results} was taken by another run just now; name another output")
 
 
-def _parser(template: RequestTemplate, origin: str) -> AnswerSchema | None:
+def parser_of(template: RequestTemplate, origin: str) -> Parser | None:
     """What reads the answers' texts, where the job asks for more than text. Raises JobError."""
-    schema: Mapping[str, object] | None = template.schema
+    reading = template.reading
+    choices = None if reading.choices is None else Choices(reading.choices, reading.vote)
+    if reading.pattern is not None:
+        return Pattern(reading.pattern, choices, reading.vote)
+    if choices is not None:
+        return choices
+    schema: Mapping[str, object] | None = reading.schema
     if schema is None:
         wanted = template.parameters.get("response_format")
         schema = format_schema(wanted) if isinstance(wanted, Mapping) else None
+    if schema is None:
+        if reading.vote:
+            raise JobError(f"{origin}: request.vote: nothing reads the answers; give choices, parse or response_format")
+        return None
     try:
-        return None if schema is None else AnswerSchema(schema, template.schema_name)
+        return AnswerSchema(schema, reading.schema_name, reading.vote)
     except JobError as error:
-        raise JobError(f"{origin}: request.response_format: {error}") from None
+        key = "response_format" if reading.parse is None else "parse"
+        raise JobError(f"{origin}: request.{key}: {error}") from None
+
+
+def scorer_of(job: Job, source: Source, parser: Parser | None) -> Scorer | None:
+    """What scores the answers, where the job says what they should be. Raises JobError."""
+    if job.score is None:
+        return None
+    return Scorer(job.score, source.columns, parser.arrow_type if parser else None, job.folder, job.origin)
 
 
 def _format(template: RequestTemplate, dialect: Dialect) -> tuple[Mapping[str, object] | None, str | None]:
@@ -174,8 +204,8 @@ def _input_folders(job: Job) -> Iterator[Path]:
 
 def _kept(job: Job, columns: Sequence[str]) -> tuple[str, ...]:
     """The columns that are carried along; of all of them, the one that is the id already is left out."""
-    if job.output.keep != "all":
-        return tuple(job.output.keep)
+    if job.keep != "all":
+        return tuple(job.keep)
     return tuple(name for name in columns if name != job.input.id)
 
 
@@ -186,29 +216,41 @@ def agree(ledger: Ledger, prepared: Prepared) -> Shape:
     begun = ledger.meta("meaning")
     if begun is None:
         kept = source.schema(names)
-        ledger.set_meta({"meaning": msgspec.json.encode(job.meaning()), "kept": kept.serialize().to_pybytes()})
+        ledger.set_meta(
+            {
+                "meaning": msgspec.json.encode(job.meaning()),
+                "kept": kept.serialize().to_pybytes(),
+            }
+        )
     else:
         _same_job(begun, job)
-        kept = _same_input(ledger, source)
+        if refusal := scored_otherwise(job, ledger.meta("scoring"), ledger.parts(UNIT).values()):
+            hint = f"put it back, or let batcher reparse {job.results} --set … score the stored answers so"
+            raise JobError(f"{job.origin}: {refusal}\n{hint}")
+        kept = same_input(ledger, source)
     ledger.set_meta(
         {
             "input": msgspec.json.encode(source.identities),
+            "scoring": msgspec.json.encode(job.scoring()),
             # What a retry needs, from wherever it is called: job.toml in the output has neither.
             "folder": os.fsencode(job.folder),
             "texts": msgspec.json.encode(job.texts),
         }
     )
-    return _shape(prepared, kept, job)
+    return shape_of(job, kept, prepared.parser, prepared.scorer, _scored(prepared))
 
 
 def agree_again(ledger: Ledger, base: Job, prepared: Prepared) -> Shape:
     """Hold a retry against what the output was begun with, `base`; returns its columns. Raises JobError."""
     _same_job(ledger.meta("meaning") or b"{}", base)
     begun = ledger.meta("input") or b"[]"
-    kept = _same_input(ledger, prepared.source)
+    kept = same_input(ledger, prepared.source)
     if len(msgspec.json.decode(begun)) != len(prepared.source.identities):
         raise JobError("the input has new files, so rows are pending: run the job to its end first")
-    types = [parser and parser.arrow_type for parser in (_parser(base.request, base.origin), prepared.parser)]
+    changed = _changed(base.meaning(), prepared.job.meaning())
+    if key := next((key for key in _READ_BY if key in changed), None):
+        raise JobError(f"--set {key}: how answers are read is changed by batcher reparse {base.results}")
+    types = [parser and parser.arrow_type for parser in (parser_of(base.request, base.origin), prepared.parser)]
     if types[0] != types[1]:
         raise JobError("--set request.response_format: the columns of the output are fixed; name another output")
     if new := sorted(fillable(prepared.job.request) - fillable(base.request)):
@@ -217,19 +259,44 @@ def agree_again(ledger: Ledger, base: Job, prepared: Prepared) -> Shape:
             f"--set request.{key}: the columns of the output are fixed, and {new[0]} is none of them; "
             "name another output"
         )
-    return _shape(prepared, kept, base)
+    return shape_of(base, kept, prepared.parser, prepared.scorer, _scored(prepared))
+
+
+def _scored(prepared: Prepared) -> pa.Schema | None:
+    return None if prepared.scorer is None else prepared.source.schema(sorted(prepared.scorer.inputs))
 
 
 def _same_job(begun: bytes, job: Job) -> None:
-    meaning = msgspec.json.decode(msgspec.json.encode(job.meaning()))
-    if different := list(differences(msgspec.json.decode(begun), meaning)):
-        raise JobError(
-            f"{job.origin}: {job.results} was begun with another job: {'; '.join(different)}\n"
-            "put it back, or name another output"
-        )
+    meaning, before = msgspec.json.decode(msgspec.json.encode(job.meaning())), msgspec.json.decode(begun)
+    if different := list(differences(before, meaning)):
+        hint = "put it back, or name another output"
+        if all(key.startswith(_REREAD) for key in _changed(before, meaning)):
+            hint = f"put it back, or let batcher reparse {job.results} --set … read the stored answers so"
+        raise JobError(f"{job.origin}: {job.results} was begun with another job: {'; '.join(different)}\n{hint}")
 
 
-def _same_input(ledger: Ledger, source: Source) -> pa.Schema:
+_READ_BY = tuple(f"request.{key}" for key in READING)
+_REREAD = (*_READ_BY, "request.response_format")
+"""What a meaning has about how answers are read."""
+
+
+def _changed(before: Mapping[str, object], after: Mapping[str, object]) -> set[str]:
+    return {key for key in {*before, *after} if before.get(key) != after.get(key)}
+
+
+def scored_otherwise(job: Job, begun: bytes | None, parts: Iterable[PartRecord]) -> str | None:
+    """Why a job cannot go on with an output in which answers are scored as `begun` says; None where it can.
+
+    Scores stand in the parts: until the first is published nothing is settled.
+    """
+    scoring = msgspec.json.decode(begun or b"{}")
+    different = list(differences(scoring, job.scoring()))
+    if different and any(part.files for part in parts):
+        return f"{job.results} was begun with other scores: {'; '.join(different)}"
+    return None
+
+
+def same_input(ledger: Ledger, source: Source) -> pa.Schema:
     """The types of the columns that are carried along, when the input is what it was."""
     files = msgspec.json.decode(ledger.meta("input") or b"[]", type=list[FileIdentity])
     digests = msgspec.json.decode(ledger.meta("digests") or b"[]", type=list[str])
@@ -241,10 +308,16 @@ def _same_input(ledger: Ledger, source: Source) -> pa.Schema:
     return kept
 
 
-def _shape(prepared: Prepared, kept: pa.Schema, begun: Job) -> Shape:
-    """The columns of an output, by the job that it was begun with."""
+def shape_of(
+    begun: Job, kept: pa.Schema, parser: Parser | None, scorer: Scorer | None, scored: pa.Schema | None = None
+) -> Shape:
+    """The columns of an output, by the job that it was begun with; `scored` are those that the scorer needs."""
     columns = fillable(begun.request)
-    return Shape(kept, begun.input.id, _kept(begun, kept.names), prepared.parser, columns, begun.output.raw)
+    names = {*kept.names}
+    more = [field for field in scored or () if field.name not in names]
+    return Shape(
+        pa.schema([*kept, *more]), begun.input.id, _kept(begun, kept.names), parser, columns, begun.output.raw, scorer
+    )
 
 
 _FILLED_BY: Mapping[str, str] = {

@@ -29,7 +29,7 @@ from batcher.engine.timeline import Timeline
 from batcher.engine.turns import Turns
 from batcher.errors import BatcherError, InterruptedRunError, JobError, PausedError, ServiceError, StorageError
 from batcher.job import Job
-from batcher.ledger import Ledger, Lock, lock_beside
+from batcher.ledger import REPARSE, Ledger, Lock, lock_beside
 from batcher.parameters import is_template
 from batcher.records import UNIT, Attempt, KnownLimit, Note, Outcome, Snapshot, Summary, Totals
 from batcher.retry import Guard
@@ -84,6 +84,8 @@ async def run(
                 f"a retry of {retries[-1].rows:,} rows is under way in {results}\n"
                 f"batcher retry {results} goes on with it; with --abandon it leaves the rest as it is"
             )
+        if refusal := reparse_under_way(ledger, results):
+            raise JobError(refusal)
         shape = await aside(agree, ledger, prepared)
         origin = b"" if table is None else b"# The rows came from Python: batcher.run(job, input=table)\n"
         await aside(claim, ledger, results)
@@ -111,6 +113,7 @@ async def live(
         proxy_from_environment=service.proxy,
         encoding=service.encoding,
         compression=service.compression,
+        library=service.transport,
     )
     try:
         with _collecting_rarely():
@@ -118,6 +121,13 @@ async def live(
     finally:
         ledger.close()
         await made.close()
+
+
+def reparse_under_way(ledger: Ledger, results: Results) -> str | None:
+    """What to say of an output whose answers are just being read again, None where they are not."""
+    if ledger.meta(REPARSE) is None:
+        return None
+    return f"a reparse is under way in {results}\nbatcher reparse {results} goes on with it"
 
 
 @contextmanager
@@ -438,6 +448,7 @@ class _Run:
             finished_at=finished_at,
             seconds=round(self._now() - self._started, 3),
             requests=self._counts.requests,
+            transport=self._transport.name,
             version=version("batcher"),
             retries=retries,
         )

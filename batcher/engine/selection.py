@@ -1,7 +1,7 @@
 """Which rows a job is about, where it does not take them as they come: `input.where` and `input.sample`."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain, islice
 from typing import NamedTuple
 
@@ -83,9 +83,9 @@ def basis(prepared: Prepared) -> bytes:
 
 
 def first_rows(prepared: Prepared, selection: Selection, most: int) -> list[Row]:
-    """The first selected rows, with the columns that requests need."""
+    """The first selected rows, with the columns that requests and scores need."""
     wanted = frozenset(bits.rows(selection.rows, most=most))
-    rows = chain.from_iterable(prepared.source.batches(0, prepared.composer.names))
+    rows = chain.from_iterable(prepared.source.batches(0, prepared.columns))
     return [row for row in islice(rows, max(wanted, default=-1) + 1) if row.position in wanted]
 
 
@@ -94,6 +94,20 @@ def refuse_unserved(prepared: Prepared, rows: Iterable[Row]) -> None:
     for row in rows:
         if wrong := prepared.composer.unserved(row):
             raise JobError(f"{prepared.job.origin}: input: {prepared.source.locate(row.position)}: {wrong}")
+
+
+def unscored(prepared: Prepared, rows: Sequence[Row]) -> tuple[tuple[int, str], ...]:
+    """Which of these rows have no target that an answer could hit, and why. Raises JobError where none has one."""
+    if prepared.scorer is None:
+        return ()
+    readable = [row for row in rows if row.problem is None]
+    reasons = prepared.scorer.wrong([row.fields for row in readable])
+    wrong = tuple((row.position, reason) for row, reason in zip(readable, reasons, strict=True) if reason is not None)
+    if wrong and len(wrong) == len(readable):
+        position, reason = wrong[0]
+        place = prepared.source.locate(position)
+        raise JobError(f"{prepared.job.origin}: score: no answer could be right: {place}: {reason}")
+    return wrong
 
 
 def _of(rows: list[int]) -> Selection:

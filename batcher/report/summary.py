@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
 
-from batcher.records import Summary
+from batcher.records import Summary, Totals
 from batcher.report.text import count, duration, money, printable
 
 _LOOKED_AT = 100_000
@@ -30,10 +30,14 @@ def render(summary: Summary, output: str) -> str:
         ("pending", "unknown: the input was not counted" if summary.pending is None else count(summary.pending)),
         ("requests", requests),
         ("tokens", f"{count(totals.prompt_tokens)} prompt{cached}, {count(totals.completion_tokens)} completion"),
-        ("cost", money(totals.cost_usd) if totals.rows else ""),
+        ("cost", _cost(totals) if totals.rows else ""),
         ("finish", _counts(others) if others else ""),
         ("altered", f"{count(totals.altered)} rows hold text that Parquet cannot keep exactly" * bool(totals.altered)),
-        ("time", f"{duration(summary.seconds)}, {_rate(summary)} requests per second"),
+        (
+            "unfit",
+            f"{count(totals.unfit)} answers do not fit how they are read now: parsed is null" * bool(totals.unfit),
+        ),
+        ("time", f"{duration(summary.seconds)}, {_rate(summary)} requests per second over {summary.transport}"),
         ("", ""),
     ]
     if totals.answered:
@@ -55,6 +59,14 @@ def failure_lines(failures: Iterable[tuple[str | None, str | None]], most: int =
         printable(f"{count(number)} × {kind}: {message or 'no message'}"[:300])
         for (kind, message), number in seen.most_common(most)
     ]
+
+
+def _cost(totals: Totals) -> str:
+    """What is known of the cost: of nothing but rows that cost nothing and others of unknown price, nothing is."""
+    if totals.unpriced and not totals.cost_usd:
+        return money(None)
+    rows = f", and {count(totals.unpriced)} rows whose price is not known" if totals.unpriced else ""
+    return money(totals.cost_usd) + rows
 
 
 def _counts(numbers: dict[str, int]) -> str:

@@ -18,6 +18,9 @@ class ModelTransport:
     `headers` go with every request. A streamed answer comes as the one that it would be without streaming.
     """
 
+    name = "none"
+    """There is no HTTP."""
+
     def __init__(
         self,
         front: Front,

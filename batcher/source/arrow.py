@@ -28,8 +28,7 @@ class Arrow(ColumnarSource):
             with _opened(file) as stream, _reader(stream, None) as reader:
                 schema = reader.schema
             found = columns_of(schema, f"input file {file.name}")
-            types = types if index else found
-            same_columns(types, found, files[0].name, file.name)
+            types = same_columns(types, found, files[0].name, file.name) if index else found
             # The shortest way to a batch's length is one narrow column of it.
             narrow = min(range(len(schema)), key=lambda at: _width(schema.types[at]), default=None)
             with _opened(file) as stream, _reader(stream, narrow if narrow is None else [narrow]) as reader:

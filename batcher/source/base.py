@@ -112,11 +112,19 @@ def no_column(name: str, columns: Sequence[str]) -> NoReturn:
     raise JobError(f"no column {name!r} in the input; columns are {shown or 'none'}")
 
 
-def same_columns(expected: dict[str, pa.DataType], found: dict[str, pa.DataType], first: str, other: str) -> None:
-    """Raise JobError where two files of one job differ in a column or its type."""
+def same_columns(
+    expected: dict[str, pa.DataType], found: dict[str, pa.DataType], first: str, other: str
+) -> dict[str, pa.DataType]:
+    """The columns of both. Raises JobError where two files of one job differ in a column or its type.
+
+    A file in which a column has nothing but nulls, and so no type, may lie beside one in which it has.
+    """
+    types = dict(expected)
     for name in [*expected, *found]:
         one, two = expected.get(name), found.get(name)
-        if one != two:
+        if one == pa.null() and two is not None:
+            types[name] = two
+        elif one != two and not (one is not None and two == pa.null()):
             what = (
                 f"has no column {name!r}, which {first} has"
                 if two is None
@@ -125,3 +133,4 @@ def same_columns(expected: dict[str, pa.DataType], found: dict[str, pa.DataType]
                 else f"has column {name!r} as {two}, {first} as {one}"
             )
             raise JobError(f"input files have different schemas: {other} {what}")
+    return types

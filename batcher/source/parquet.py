@@ -28,8 +28,7 @@ class Parquet(ColumnarSource):
                 metadata = opened.metadata
                 self._groups.append([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
                 found = columns_of(opened.schema_arrow, f"input file {file.name}")
-            types = types if index else found
-            same_columns(types, found, files[0].name, file.name)
+            types = same_columns(types, found, files[0].name, file.name) if index else found
         super().__init__(files, identities, types)
         starts = list(accumulate(map(sum, self._groups), initial=0))
         self._starts = starts[:-1]

@@ -3,6 +3,9 @@
 | schema                                                  | Arrow type                                   |
 |---------------------------------------------------------|----------------------------------------------|
 | `type: string`, or an `enum` or `const` of strings      | string                                       |
+| the same with `format: date`                            | date32                                       |
+| the same with `format: date-time`                       | timestamp in µs, UTC                         |
+| the same with `format: time`                            | time64 in µs                                 |
 | `type: integer`, or an `enum` or `const` of integers    | int64 (1.0 is an integer and is stored as 1) |
 | `type: number`                                          | float64                                      |
 | `type: boolean`                                         | bool                                         |
@@ -20,8 +23,8 @@ like) the object is JSON text. The root is always a struct of its named properti
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NoReturn, TypeAlias
+from datetime import UTC, date, datetime, time
+from typing import TypeAlias
 from urllib.parse import unquote
 
 import jsonschema_rs
@@ -30,25 +33,21 @@ import pyarrow as pa
 from jsonschema_rs import ValidationErrorKind
 
 from batcher.errors import JobError
+from batcher.parse.parser import Parser
+from batcher.parse.text import decode
+from batcher.parse.words import SURROGATE, line, quoted
+from batcher.records import Misfit
 
 _Schema: TypeAlias = dict[str, object]
 _Reader: TypeAlias = Callable[[object], object]
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPEAKERS = frozenset(
     {"$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "patternProperties", "properties"}
 )
 """Keywords by which a place in a schema names properties."""
 
 
-@dataclass(frozen=True, slots=True)
-class Misfit:
-    """Why a text is no answer: the JSON pointer and the reason, at most 300 printable characters."""
-
-    message: str
-
-
-class AnswerSchema:
+class AnswerSchema(Parser):
     """A JSON Schema that answers must fit, and the Arrow type that holds them.
 
     Raises JobError where the schema is invalid, refers to what is not in it, or is not an object with properties.
@@ -56,7 +55,8 @@ class AnswerSchema:
 
     arrow_type: pa.StructType
 
-    def __init__(self, schema: Mapping[str, object], name: str) -> None:
+    def __init__(self, schema: Mapping[str, object], name: str, vote: bool = False) -> None:
+        super().__init__(vote)
         self._schema = dict(schema)
         self._name = name
         try:
@@ -68,35 +68,32 @@ class AnswerSchema:
             raise JobError(self._complaint(str(error))) from None
 
     def _complaint(self, reason: str) -> str:
-        return _line(f"schema {self._name} cannot be used: {reason}")
+        return line(f"schema {self._name} cannot be used: {reason}")
 
     def read(self, text: str | None) -> dict[str, object] | Misfit:
-        """The answer in `text`, in the form that `column` takes, or why it is none. Raises nothing."""
+        """As in Parser."""
         if text is None:
             return Misfit("the answer has no text")
         try:
-            value = _decode(text.strip().removeprefix("\ufeff"))
+            value = decode(text)
             try:
                 self._validator.validate(value)
             except UnicodeEncodeError:
                 self._validator.validate(_clean(value))
             return self._convert(value)
         except json.JSONDecodeError as error:
-            return Misfit(_line(f"not JSON: {error.msg}, at character {error.pos} of {len(error.doc)}"))
+            return Misfit(line(f"not JSON: {error.msg}, at character {error.pos} of {len(error.doc)}"))
         except jsonschema_rs.ValidationError as error:
-            return Misfit(_line(_explain(error)))
+            return Misfit(line(_explain(error)))
         except _UnstorableError as error:
-            return Misfit(_line(_place(error.path[::-1]) + error.reason))
+            return Misfit(line(_place(error.path[::-1]) + error.reason))
         except RecursionError:
             return Misfit("the answer is nested too deeply")
         except ValueError as error:
-            return Misfit(_line(str(error)))
+            return Misfit(line(str(error)))
 
     def column(self, values: Sequence[dict[str, object] | None]) -> tuple[pa.StructArray, list[int]]:
-        """The Arrow array of what `read` gave, None being null, and the indices of values that had to be altered.
-
-        Altered means that a lone surrogate, which Arrow cannot hold, became U+FFFD. An array holds up to 2 GiB of text.
-        """
+        """As in Parser."""
         try:
             return self._array(values), []
         except UnicodeEncodeError:
@@ -117,64 +114,6 @@ def format_schema(response_format: Mapping[str, object]) -> Mapping[str, object]
     wrapper = response_format.get("json_schema")
     schema = wrapper.get("schema") if isinstance(wrapper, Mapping) else None
     return schema if isinstance(schema, Mapping) else None
-
-
-# Text -> value.
-
-
-def _decode(text: str) -> object:
-    """The value of a JSON text. Raises ValueError or RecursionError."""
-    try:
-        value: object = msgspec.json.decode(text)
-        # msgspec keeps the last of two equal keys. Each key in the text has a colon of its own, so as many keys as
-        # colons means that none was lost.
-        if text.count(":") == _count_keys(value):
-            return value
-    except ValueError:
-        pass  # its errors do not tell a lone surrogate, which is allowed, from what is not JSON
-    return _decode_exactly(text)
-
-
-def _count_keys(value: object) -> int:
-    count = 0
-    if isinstance(value, dict):
-        count = len(value)
-        value = value.values()
-    elif not isinstance(value, list):
-        return 0
-    for child in value:
-        if isinstance(child, (dict, list)):
-            count += _count_keys(child)
-    return count
-
-
-def _decode_exactly(text: str) -> object:
-    """As `_decode`, and slower: takes lone surrogates, refuses duplicate keys, says where the text is not JSON."""
-    value: object = _EXACT.decode(text)
-    return value
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f'the key "{twice}" stands twice in one object')
-    return members
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if number in (float("inf"), float("-inf")):
-        raise ValueError(f"the number {digits} is out of range")
-    return number
-
-
-_EXACT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
 
 
 # Schema -> type and reader. A reader takes a valid value, never None, to the form that Arrow takes.
@@ -215,7 +154,11 @@ def _typed(schema: object, root: _Schema, followed: frozenset[str]) -> tuple[pa.
             return _typed(target, root, followed | {reference})
         case {"anyOf": [branch, {"type": "null"}] | [{"type": "null"}, branch]} if _speaks_by(schema, "anyOf"):
             return _typed(branch, root, followed)
+        case {"allOf": [branch]} if _speaks_by(schema, "allOf"):
+            return _typed(branch, root, followed)
     match _kinds(schema), schema:
+        case ["string"], {"format": str(form)} if form in _MOMENTS:
+            return _MOMENTS[form]
         case ["string"], _:
             return pa.string(), _read_string
         case ["integer"], _:
@@ -306,6 +249,50 @@ def _read_string(value: object) -> str:
     return value
 
 
+_DATE = r"(?!0000)\d{4}-\d\d-\d\d"
+_CLOCK = r"\d\d:\d\d:\d\d(?:\.\d+)?"
+_is_date = re.compile(_DATE, re.ASCII).fullmatch
+_is_moment = re.compile(rf"{_DATE}[Tt]{_CLOCK}(?:[Zz]|[+-]\d\d:\d\d)", re.ASCII).fullmatch
+_is_time = re.compile(rf"({_CLOCK})(?:[Zz]|[+-]00:00)?", re.ASCII).fullmatch
+
+
+def _read_date(value: object) -> date:
+    """RFC 3339, full-date; the forms of ISO 8601 that Python takes beside it are none."""
+    try:
+        if type(value) is str and _is_date(value):
+            return date.fromisoformat(value)
+    except ValueError:
+        pass
+    raise _UnstorableError(f"not a date such as 2026-01-31: {quoted(value)}")
+
+
+def _read_moment(value: object) -> datetime:
+    """RFC 3339, date-time, with its offset; what is finer than a microsecond is cut off."""
+    try:
+        if type(value) is str and _is_moment(value):
+            return datetime.fromisoformat(value.upper()).astimezone(UTC)
+    except (ValueError, OverflowError):  # a leap second, a day that is none, the end of time
+        pass
+    raise _UnstorableError(f"not a date-time with offset such as 2026-01-31T08:30:00Z: {quoted(value)}")
+
+
+def _read_time(value: object) -> time:
+    """RFC 3339, partial-time, or full-time in UTC: the column has no zone."""
+    try:
+        if type(value) is str and (found := _is_time(value)):
+            return time.fromisoformat(found[1])
+    except ValueError:
+        pass
+    raise _UnstorableError(f"not a time such as 08:30:00, without offset or in UTC: {quoted(value)}")
+
+
+_MOMENTS: Mapping[str, tuple[pa.DataType, _Reader]] = {
+    "date": (pa.date32(), _read_date),
+    "date-time": (pa.timestamp("us", tz="UTC"), _read_moment),
+    "time": (pa.time64("us"), _read_time),
+}
+
+
 def _read_integer(value: object) -> int:
     integer = int(value) if type(value) is float and value.is_integer() else value
     if type(integer) is not int:
@@ -353,7 +340,7 @@ def _explain(error: jsonschema_rs.ValidationError) -> str:
         return f"a reference leads out of the schema, or nowhere: {error.message}"
     found = ""
     if not isinstance(error.instance, dict | list):
-        found = f", found {_cut(json.dumps(error.instance, ensure_ascii=False), 60)}"
+        found = f", found {quoted(error.instance)}"
     return _place(error.instance_path) + error.message + found
 
 
@@ -367,21 +354,12 @@ def _place(path: Sequence[str | int]) -> str:
     return f"{pointer if len(pointer) <= 100 else '…' + pointer[-99:]}: " if pointer else ""
 
 
-def _line(message: str) -> str:
-    """A message that is safe to print and to store: one line, printable, cut."""
-    return "".join(character if character.isprintable() else " " for character in _cut(message, 300))
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
 def _clean(value: object) -> object:
     """The value with each lone surrogate replaced by U+FFFD."""
     if isinstance(value, str):
-        return _SURROGATE.sub("\ufffd", value)
+        return SURROGATE.sub("\ufffd", value)
     if isinstance(value, list):
         return [_clean(item) for item in value]
     if isinstance(value, dict):
-        return {_SURROGATE.sub("\ufffd", key): _clean(member) for key, member in value.items()}
+        return {SURROGATE.sub("\ufffd", key): _clean(member) for key, member in value.items()}
     return value
