@@ -58,12 +58,13 @@ class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Schedule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much may be under way: numbers are ceilings, an absent rate is no limit of ours."""
+    """How much may be under way: numbers are ceilings, `"auto"` is what the service is found to allow."""
 
     max_in_flight: Annotated[int, Meta(ge=1, le=100_000)] | Literal["auto"] = "auto"
-    requests_per_minute: _Rate | None = None
-    tokens_per_minute: _Rate | None = None
-    uncached_tokens_per_minute: _Rate | None = None
+    requests_per_minute: _Rate | Literal["auto"] = "auto"
+    tokens_per_minute: _Rate | Literal["auto"] = "auto"
+    uncached_tokens_per_minute: _Rate | Literal["auto"] = "auto"
+    wait: bool = True
     service_tier: Tier | None = None
     queue_threshold: Annotated[float, Meta(ge=0.05, le=20)] | None = None
     """Seconds once read."""
@@ -151,15 +152,12 @@ _KEY_ITSELF = re.compile(r"(?=.*\d)(?=.*[a-z])\w{24,}", re.ASCII)
 """What nobody calls a variable: a service's key, some of which are words."""
 
 _LATER = {
-    "schedule": ("deadline", "wait"),
+    "schedule": ("deadline",),
     "": ("sweep",),
 }
 _LATER_VALUES = {
     ("request", "prompt_cache_key"): ("auto",),
     ("request", "max_completion_tokens"): ("auto",),
-    ("schedule", "requests_per_minute"): ("auto",),
-    ("schedule", "tokens_per_minute"): ("auto",),
-    ("schedule", "uncached_tokens_per_minute"): ("auto",),
 }
 _SECTIONS: dict[str, type[Struct]] = {
     "input": Input,

@@ -264,10 +264,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _time(schedule: Schedule, requests: float, tokens: float, capped: bool) -> tuple[float | None, str]:
     """Seconds that these requests take, of so many tokens each, and what binds them."""
     known: list[tuple[float, str]] = []
-    if schedule.requests_per_minute is not None:
+    if schedule.requests_per_minute != "auto":
         known.append((requests / schedule.requests_per_minute * 60, "bound by requests_per_minute"))
     for name in ("tokens_per_minute", "uncached_tokens_per_minute"):
-        if (rate := getattr(schedule, name)) is not None:
+        if (rate := getattr(schedule, name)) != "auto":
             without = "" if capped else ", the tokens of the answers not counted"
             known.append((requests * tokens / rate * 60, f"bound by {name}{without}"))
     if schedule.max_in_flight != "auto":

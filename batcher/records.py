@@ -130,6 +130,21 @@ class Limit(NamedTuple):
     reset: float | None
 
 
+class KnownLimit(NamedTuple):
+    """A limit of a service as one run leaves it to the next; `stated` by headers, else learned from refusals.
+
+    `limit` is units per `window` seconds.
+    """
+
+    host: str
+    model: str
+    tier: str | None
+    resource: str
+    window: float
+    limit: float
+    stated: bool
+
+
 class Reply(NamedTuple):
     """A whole HTTP answer, its body read to the end and not yet looked into."""
 
@@ -451,6 +466,8 @@ class Snapshot(NamedTuple):
     budget_usd: float | None = None
     """What all runs of the output may spend, and have spent; both None where the job has no budget."""
     spent_usd: float | None = None
+    until: float | None = None
+    """The Unix time until which nothing goes, where it is known and a minute or more away."""
 
 
 class Second(msgspec.Struct, kw_only=True):
@@ -506,6 +523,10 @@ class Note(msgspec.Struct, kw_only=True):
     snapshot: Snapshot
     troubles: dict[str, Trouble]
     """By kind, of this run."""
+    decisions: tuple[tuple[int, str], ...] = ()
+    """The last that the scheduler decided, and why, each with its second of UTC."""
+    limits: tuple[KnownLimit, ...] = ()
+    """What is known of services' limits, for the next run."""
 
 
 class Summary(msgspec.Struct, kw_only=True):
@@ -563,6 +584,8 @@ class Status(msgspec.Struct, kw_only=True):
     """Sent by this run, as `refused` and `troubles`."""
     refused: int = 0
     troubles: dict[str, Trouble] = {}
+    decisions: tuple[tuple[int, str], ...] = ()
+    """The last that its scheduler decided, each with its second of UTC."""
     prompt_tokens: int = 0
     """Billed, or maybe billed, by all runs, as `completion_tokens` and `cost_usd`."""
     completion_tokens: int = 0

@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import NamedTuple, cast
 
@@ -121,7 +122,9 @@ class Guard:
     is a failure.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wait: bool = False) -> None:
+        """`wait` says that a day's quota is waited for, whatever its end."""
+        self._wait = wait
         self._answered = self._key_worked = False
         self._refusals = 0
         self._unread = 0
@@ -160,9 +163,11 @@ class Guard:
             return PausedError(
                 f"the account has no credit left: {_line(failure)}\nrun the same command again when it has"
             )
-        if kind is Kind.DAY_QUOTA and (failure.retry_after is None or failure.retry_after > LONGEST_WAIT):
-            when = f" for {failure.retry_after / 3600:.1f} h" if failure.retry_after else ""
-            return PausedError(f"the day's quota is used up{when}: {_line(failure)}\nrun the same command again then")
+        long = failure.retry_after is None or failure.retry_after > LONGEST_WAIT
+        if kind is Kind.DAY_QUOTA and long and not self._wait:
+            return PausedError(
+                f"the day's quota is used up{_until(failure)}: {_line(failure)}\nrun the same command again then"
+            )
         if kind is Kind.UNAUTHORIZED:
             return self._key_refused(failure, now)
         if kind in _PAGES:
@@ -193,6 +198,17 @@ class Guard:
         if self._key_worked:
             self.key_paused_until = now + PROBES[self._refused_key - 1]
         return None
+
+
+def _until(failure: Failure) -> str:
+    """How long the service asks us to wait, and until when, as far as that is known."""
+    if not failure.retry_after:
+        return ""
+    words = f" for {failure.retry_after / 3600:.1f} h"
+    if failure.timing is None:
+        return words
+    end = failure.timing.sent_at / 1e6 + failure.timing.latency + failure.retry_after
+    return f"{words}, until {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _line(failure: Failure) -> str:

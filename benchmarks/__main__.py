@@ -1,8 +1,11 @@
 """`python -m benchmarks` asks every question; one of their names after it asks that one."""
 
 import argparse
+import sys
+from pathlib import Path
 
 from benchmarks.budget import budget
+from benchmarks.dispatcher import dispatcher
 from benchmarks.large import large
 from benchmarks.measure import Answer, machine, raise_open_files
 from benchmarks.memory import memory
@@ -10,9 +13,13 @@ from benchmarks.overhead import latency, overhead
 from benchmarks.parse import parse
 from benchmarks.payload import payload
 from benchmarks.resume import resume
+from benchmarks.schedule import CASES, CLIENTS, plots, schedule, sockets
 from benchmarks.transport import transport
 
-QUESTIONS = ("overhead", "latency", "memory", "large", "resume", "payload", "parse", "transport", "budget")
+QUESTIONS = (
+    *("overhead", "latency", "memory", "large", "resume", "payload", "parse", "transport", "budget"),
+    *("dispatcher", "schedule"),
+)
 
 
 def show(answers: list[Answer]) -> None:
@@ -32,10 +39,21 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="alternating runs of B1 and the engine (7)")
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of memory's and large's runs (1,000,000)")
     parser.add_argument("--resumed", type=int, default=5_000_000, help="rows of the run that is resumed (5,000,000)")
-    parser.add_argument("--seeds", type=int, default=20, help="seeds of budget's runs in virtual time (20)")
+    parser.add_argument("--case", action="append", choices=CASES, help="of schedule; all when absent; repeatable")
+    parser.add_argument("--seeds", type=int, default=10, help="runs of budget and of each case of schedule (10)")
+    parser.add_argument(
+        "--client", action="append", choices=CLIENTS, help="of schedule, or what people do otherwise (ours); repeatable"
+    )
+    parser.add_argument(
+        "--sockets", action="store_true", help="schedule: its first two cases over real sockets instead"
+    )
+    parser.add_argument("--plots", type=Path, help="schedule: draw some cases into this folder instead")
+    parser.add_argument("--lengths", help="Parquet file of prompt_tokens and completion_tokens for schedule")
     arguments = parser.parse_args()
-    if arguments.pairs < 1 or arguments.rows < 1:
-        parser.error("--pairs and --rows start at 1")
+    if min(arguments.pairs, arguments.rows, arguments.seeds) < 1:
+        parser.error("--pairs, --rows and --seeds start at 1")
+    if arguments.lengths is not None and not Path(arguments.lengths).is_file():
+        parser.error(f"--lengths: no file {arguments.lengths}")
     raise_open_files()
     print(machine(), flush=True)
     answers: list[Answer] = []
@@ -58,6 +76,17 @@ def main() -> None:
     if arguments.question in (None, "budget"):
         answers += budget(arguments.seeds)
     show(answers)
+    if arguments.question in (None, "dispatcher"):
+        answers += dispatcher()
+    if answers:
+        show(answers)
+    if arguments.question == "schedule" and arguments.plots:
+        plots(arguments.plots, arguments.lengths)
+    elif arguments.question == "schedule" and arguments.sockets:
+        sys.exit(not sockets(arguments.lengths))
+    elif arguments.question in (None, "schedule"):
+        names, clients = arguments.case or list(CASES), arguments.client or ["ours"]
+        sys.exit(not schedule(names, arguments.seeds, arguments.lengths, clients))
 
 
 if __name__ == "__main__":

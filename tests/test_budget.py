@@ -14,7 +14,7 @@ import batcher
 from batcher.errors import JobError, PausedError
 from batcher.ledger import Ledger
 from batcher.plan import plan, render
-from batcher.records import Attempt, Outcome, Request, Spending, Summary, Turn
+from batcher.records import Attempt, Outcome, Request, Spending, Summary, Turn, Usage
 from batcher.report import status_text
 from batcher.schedule import Budget, Dispatcher, Pace, Ticket
 from batcher.schedule.budget import PATIENCE
@@ -63,7 +63,7 @@ def test_what_is_spent_and_held_never_passes_the_limit(
 ) -> None:
     """Whatever requests cost of what was leased, in whatever order; and nothing is left undone that could be paid."""
     budget = Budget(limit, NOTHING, most)
-    dispatcher = Dispatcher(Pace(window), window, 0.0, budget)
+    dispatcher = Dispatcher(Pace(window), window, 0.0, budget=budget)
     dispatcher.offer([turn(row, price) for row, (price, _) in enumerate(rows)])
     out: list[Ticket] = []
     gone: set[int] = set()
@@ -73,11 +73,13 @@ def test_what_is_spent_and_held_never_passes_the_limit(
             out.append(granted)
             gone.add(granted.turn.request.row)
         elif out:
-            row = out.pop(chance.randrange(len(out))).turn.request.row
+            ticket = out.pop(chance.randrange(len(out)))
+            row = ticket.turn.request.row
             share = rows[row][1]
             spent = None if share is None else rows[row][0] * share
             budget.settle(attempt(row, spent=spent))
             budget.settle(attempt(row, spent=spent))  # a second word on it changes nothing
+            dispatcher.answered(ticket, Usage(), None, 0.0)
             dispatcher.landed(1)
         else:
             break
@@ -91,18 +93,20 @@ def test_what_is_spent_and_held_never_passes_the_limit(
 def test_a_dear_row_does_not_stop_cheaper_ones() -> None:
     """It waits for what is out, and is left for another run when that does not help; many in a row end the run."""
     budget = Budget(10, NOTHING, most)
-    dispatcher = Dispatcher(Pace(4), 4, 0.0, budget)
+    dispatcher = Dispatcher(Pace(4), 4, 0.0, budget=budget)
     dispatcher.offer([turn(0, 4), turn(1, 20), turn(2, 6), *(turn(row, 11) for row in range(3, 1000))])
     first = dispatcher.take(0.0)
     assert isinstance(first, Ticket)
     assert dispatcher.take(0.0) is None
     assert (dispatcher.pressure().binds, budget.set_aside) == ("budget", 0)
     budget.settle(attempt(0, spent=1.0))
+    dispatcher.answered(first, Usage(), None, 0.0)
     dispatcher.landed(1)
     second = dispatcher.take(0.0)
     assert isinstance(second, Ticket)
     assert (second.turn.request.row, budget.set_aside) == (2, 1)
     budget.settle(attempt(2, spent=None))
+    dispatcher.answered(second, Usage(), None, 0.0)
     dispatcher.landed(1)
     assert dispatcher.take(0.0) is None
     assert (budget.reached, budget.set_aside, dispatcher.waiting) == (True, 1 + PATIENCE, 997 - PATIENCE)

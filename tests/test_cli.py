@@ -143,7 +143,7 @@ def test_a_wrong_key_is_exit_code_4_with_all_rows_pending(call: Call, tmp_path: 
 def test_a_pause_is_exit_code_75(call: Call, tmp_path: Path) -> None:
     """When the day's quota is used up the run ends resumable, with the summary of what it has done."""
     with running(Settings(latency=0.0, requests_per_day=4)) as simulator:
-        ended = call("run", _job(tmp_path, simulator.url, more={"schedule": {"max_in_flight": 1}}))
+        ended = call("run", _job(tmp_path, simulator.url, more={"schedule": {"max_in_flight": 1, "wait": False}}))
     assert ended.code == 75
     assert "run the same command again" in ended.err
     assert re.search(r"tickets: paused\n +answered +4\n +failed +0\n +pending +6\n", ended.out)

@@ -122,7 +122,7 @@ def test_a_small_job(tmp_path: Path) -> None:
     assert job.service.base_url == "https://api.cerebras.ai/v1"
     assert job.service.timeout == 600.0
     assert job.schedule.max_in_flight == "auto"
-    assert job.schedule.requests_per_minute is None
+    assert (job.schedule.requests_per_minute, job.schedule.wait) == ("auto", True)
     assert (job.retry.max_attempts, job.retry.max_invalid) == (6, 2)
     assert (job.output.keep, job.output.rows_per_part, job.output.raw) == ("all", 50_000, False)
     assert job.results.folder == tmp_path / "out"
@@ -279,11 +279,7 @@ LATER = [
     ("request.prompt_cache_key", "auto"),
     ("request.max_completion_tokens", "auto"),
     ("schedule.service_tier", ["flex", "default"]),
-    ("schedule.requests_per_minute", "auto"),
-    ("schedule.tokens_per_minute", "auto"),
-    ("schedule.uncached_tokens_per_minute", "auto"),
     ("schedule.deadline", "6h"),
-    ("schedule.wait", True),
 ]
 
 

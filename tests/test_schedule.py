@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from batcher.dialects import named
 from batcher.records import Answer, Choice, Failure, Kind, Limit, Reply, Request, ServiceTimes, Timing, Turn, Usage
 from batcher.retry import decide
-from batcher.schedule import Dispatcher, Pace, Ticket
+from batcher.schedule import Decision, Dispatcher, Pace, Ticket
 from batcher.schedule.capacity import Breaker, Window
+from batcher.schedule.learning import Learned
+from batcher.schedule.quota import Bucket
 from batcher.simulator import Settings
 from batcher.simulator.model import Answer as Decided
 from batcher.simulator.model import Service
@@ -25,9 +27,9 @@ from batcher.simulator.model import Service
 MANY = 100_000
 
 
-def request(row: int, prompt: int = 100, cap: int = 100) -> Request:
+def request(row: int, prompt: int = 100, cap: int = 100, model: str = "m") -> Request:
     """A request by its size in tokens; a cap of 0 is none."""
-    return Request(unit=0, row=row, model="m", body=b"", prompt_tokens=prompt, output_tokens=cap, hash=b"")
+    return Request(unit=0, row=row, model=model, body=b"", prompt_tokens=prompt, output_tokens=cap, hash=b"")
 
 
 def turns(*requests: Request, ready: float = 0.0) -> list[Turn]:
@@ -272,7 +274,7 @@ def test_uncached_tokens_have_their_own_ceiling() -> None:
 
     rows = [request(row, prompt=900, cap=100) for row in range(5_000)]
     world = World(dispatcher(max_in_flight=200, uncached_tokens=60_000), Cached(), turns(*rows)).run(until=900)
-    assert (world.sent[0][1].uncached, round(world.sent[-1][1].uncached)) == (1_000, 111)
+    assert (world.sent[0][1].uncached, round(world.sent[-1][1].uncached)) == (1_000, 200)
     late = [when for when, _, _ in world.answered if when >= 300]
     assert 0.9 * 60_000 <= 200 * len(late) / 10 <= 1.1 * 60_000
     plain = World(dispatcher(max_in_flight=200, tokens=60_000), Cached(), turns(*rows)).run(until=900)
@@ -601,6 +603,192 @@ def test_a_large_request_is_not_starved() -> None:
     world.check_nothing_is_lost(3_000)
 
 
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["charge", "settle", "give back", "block", "tell"]), st.floats(0, 2), st.floats(0, 5)
+        ),
+        max_size=60,
+    ),
+    st.floats(0.1, 100),
+    st.floats(1, 500),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_bucket_never_lets_more_go_than_it_holds_and_gets(
+    events: list[tuple[str, float, float]], rate: float, capacity: float
+) -> None:
+    """In any order of events: no more goes than it held, what flowed in and came back, and one that is larger."""
+    bucket, now, went, back, promises = Bucket("b", rate, capacity, 0.0, which=1), 0.0, 0.0, 0.0, 0
+    out: list[float] = []
+    largest = 0.0
+    for act, amount, seconds in events:
+        now += seconds
+        cost = amount * capacity
+        if act == "charge" and bucket.ready(cost, now) <= now:
+            promises += bucket.promised
+            bucket.charge(cost, now)
+            out.append(cost)
+            went, largest = went + cost, max(largest, cost)
+        elif act in ("settle", "give back") and out:
+            unused = out.pop() * min(amount, 1.0)
+            back += unused
+            bucket.settle(unused, now) if act == "settle" else bucket.give_back(unused, now)
+        elif act == "block":
+            bucket.block(now + seconds)
+        elif act == "tell":
+            told = min(cost, max(0.0, bucket.level))
+            bucket.correct(Limit("tokens", capacity / rate, capacity, told, None), now, 0.0, now)
+    assert went <= (capacity + rate * now + back + largest * (1 + promises)) * (1 + 1e-6)
+
+
+@given(st.floats(0.05, 50), st.lists(st.tuples(st.floats(0.1, 100), st.floats(0, 200)), min_size=1, max_size=30))
+@settings(max_examples=100, deadline=None)
+def test_a_learned_rate_never_stays_above_what_refusals_show(
+    before: float, refusals: list[tuple[float, float]]
+) -> None:
+    """After a refusal it is at most what went since the one before allows, or half of what it was."""
+    learned, now, spent = Learned(before, 0.0, 60.0), 0.0, 0.0
+    for seconds, went in refusals:
+        base = learned.base or 0.0
+        now, spent = now + seconds, spent + went
+        assert (learned.rate(now) or 0.0) >= base
+        learned.refused(1.0, spent, now)
+        assert learned.base is not None
+        assert learned.base <= max((went + 1.0) / seconds, base / 2) * (1 + 1e-9)
+        assert learned.base >= base / 2 or learned.base >= went / (seconds + 60.0)
+
+
+@pytest.mark.parametrize("limit", [30, 240])
+@pytest.mark.parametrize("pace", [Pace(), Pace(requests=3_000)], ids=["nothing known", "three times too high"])
+def test_a_limit_that_nobody_states_is_learned(limit: int, pace: Pace) -> None:
+    """Refusals alone teach what the service allows: it is used, refusals become few, and the next run knows."""
+    service = Simulated(Settings(requests_per_minute=limit), "x" * 80, 64, headers=False)
+    rows = [request(row, prompt=20, cap=64) for row in range(5 * limit)]
+    made = Dispatcher(pace, 1_024, 0.0)
+    world = World(made, service, turns(*rows)).run(until=240.0)
+    late = [when for when, _, _ in world.answered if when >= 60.0]
+    assert len(late) >= 0.9 * 3 * limit
+    assert sum(when >= 60.0 for when, _, _ in world.refused) <= 0.05 * len(late)
+    [known] = [known for known in made.known() if known.resource == "requests"]
+    assert known.stated is False
+    assert known.limit == pytest.approx(limit, rel=0.1)
+
+    again = World(
+        Dispatcher(pace, 1_024, 0.0, known=made.known()),
+        Simulated(Settings(requests_per_minute=limit), "x" * 80, 64, headers=False),
+        turns(*rows),
+    ).run(until=20.0)
+    assert not again.refused
+    assert len(again.answered) >= 0.9 * limit * 20 / 60
+
+
+def test_a_service_that_keeps_what_it_reserved_is_noticed() -> None:
+    """Headers show that nothing comes back: it is charged so, used up, and hardly ever refused."""
+    decisions: list[Decision] = []
+    service = Simulated(Settings(keeps_reservation=True), "x" * 4_000, 2_000)
+    rows = [request(row, prompt=1_000, cap=2_000) for row in range(3_000)]
+    made = Dispatcher(Pace(), 1_024, 0.0, trace=decisions.append)
+    world = World(made, service, turns(*rows)).run(until=180.0)
+    reserved = sum(3_000 for when, _, _ in world.answered if when >= 60.0)
+    assert reserved >= 0.95 * 2_000_000
+    assert len(world.refused) <= 0.01 * len(world.sent)
+    assert "uncached tokens per minute: what is reserved does not come back" in [each.what for each in decisions]
+
+
+def test_a_number_is_a_ceiling_that_gives_way_to_headers() -> None:
+    """As long as headers say no more than the job, the service's bucket is used whole; else the job's rate is kept."""
+    for limit, together in ((600, 400), (6_000, 10)):
+        made = dispatcher(max_in_flight=1_000, requests=610)
+        made.offer(turns(*(request(row) for row in range(1_000))))
+        ticket = taken(made, 0.0, most=1)[0]
+        made.limits([minute("requests", limit, 400)], ticket, 1.0)
+        assert len(taken(made, 1.0)) == together
+
+
+def test_what_can_never_fit_is_not_sent() -> None:
+    """A row that is larger than a whole limit of the service is told at once, and takes neither quota nor a place."""
+    made = dispatcher(max_in_flight=10)
+    made.offer(turns(request(0), request(1, prompt=50_000), request(2, prompt=32_000), request(3)))
+    first = taken(made, 0.0, most=1)[0]
+    made.limits([minute("uncached_tokens", 30_000, 29_000)], first, 1.0)
+    large = made.take(1.0)
+    assert isinstance(large, Ticket)
+    assert (large.turn.request.row, large.exceeds) == (1, "30,000 uncached tokens per minute")
+    assert (made.in_flight, made.sent) == (1, 1)
+    until = made.take(1.0)  # this one may be smaller than it seems: it goes when the bucket is full
+    assert until == pytest.approx(3.0)
+    going = made.take(3.0)
+    assert isinstance(going, Ticket)
+    assert going.exceeds is None
+    named = minute("uncached_tokens", 30_000, 0)
+    made.failed(going, refused(1.0, named), 3.5)
+    made.again(Turn(going.turn.request, 4.0, 2), 0.0)
+    told = made.take(4.5)
+    assert isinstance(told, Ticket)
+    assert (told.turn.request.row, told.exceeds) == (2, "30,000 uncached tokens per minute")
+
+
+def test_a_stated_limit_that_refuses_all_the_same_is_not_emptied() -> None:
+    """Where headers come too late for others who draw from the same limit, a quarter of a second's worth stays."""
+    made = dispatcher(max_in_flight=2_000)
+    made.offer(turns(*(request(row) for row in range(2_000))))
+    first, _ = taken(made, 0.0, most=2)
+    made.failed(first, refused(0.0, minute("requests", 600, 0)), 1.0)
+    made.landed(1)
+    assert len(taken(made, 21.0)) == 200 - 1 - 3  # one had gone before, and two and a half stay
+
+
+# Models
+
+
+def test_models_keep_apart() -> None:
+    """Quota, window and outage of one model hold back its own rows only; what holds says whose it is."""
+    made = dispatcher(max_in_flight=50)
+    made.offer(turns(*(request(row, model="ab"[row % 2]) for row in range(200))))
+    tickets = taken(made, 0.0, most=10)
+    assert [ticket.turn.request.model for ticket in tickets] == ["a", "b"] * 5
+    made.failed(tickets[0], refused(30.0, minute("tokens", 1_000, 0)), 1.0)
+    for ticket in tickets[2::2]:
+        made.failed(ticket, refused(30.0, minute("tokens", 1_000, 0)), 1.0)
+    made.landed(5)
+    assert {ticket.turn.request.model for ticket in taken(made, 1.0)} == {"b"}
+    assert made.pressure().binds == "schedule.max_in_flight"
+    assert set(made.used(1.0)) == {"tokens per minute of a"}
+    for ticket in tickets[1::2]:
+        made.failed(ticket, Failure(Kind.UNAVAILABLE, "x"), 31.5)
+    made.landed(45)
+    assert {ticket.turn.request.model for ticket in taken(made, 31.5)} == {"a"}
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=3, max_size=120), st.integers(1, 9), st.floats(0.1, 9.0))
+@settings(max_examples=50, deadline=None)
+def test_no_model_starves(models: list[str], in_flight: int, slow: float) -> None:
+    """Whatever stands first, each model's rows go in their order, and take turns with the others' while they last."""
+
+    class Uneven(Steady):
+        def receive(self, ticket: Ticket, now: float) -> tuple[float, Callable[[float], Came]]:
+            return (slow if ticket.turn.request.model == "a" else 1.0), lambda _: Came(answer(usage(1, 1)))
+
+    rows = [request(row, model=model) for row, model in enumerate(models)]
+    world = World(dispatcher(max_in_flight=in_flight), Uneven(), turns(*rows)).run()
+    world.check_nothing_is_lost(len(rows))
+    order = [ticket.turn.request for _, ticket in world.sent]
+    for model in "abc":
+        own = [number for number, each in enumerate(order) if each.model == model]
+        assert [order[number].row for number in own] == [row for row, name in enumerate(models) if name == model]
+        assert all(after - before <= 3 for before, after in itertools.pairwise(own))
+
+
+@given(st.lists(st.sampled_from([50, 2_500]), min_size=20, max_size=200), st.integers(1, 60))
+@settings(max_examples=30, deadline=None)
+def test_long_prompts_are_not_starved(prompts: list[int], in_flight: int) -> None:
+    """Where tokens bind, nothing shorter overtakes."""
+    made = dispatcher(max_in_flight=in_flight, tokens=30_000)
+    rows = [request(row, prompt, 10) for row, prompt in enumerate(prompts)]
+    world = World(made, Steady(), turns(*rows)).run()
+    assert [ticket.turn.request.row for _, ticket in world.sent] == list(range(len(rows)))
+
+
 # Capacity
 
 
@@ -734,6 +922,47 @@ def test_a_queue_that_grows_is_congestion() -> None:
     assert size_after(lambda number: 3.0 if number == 200 else 0.01) == 50
 
 
+def test_a_queue_that_others_make_is_no_congestion_of_ours() -> None:
+    """Where a smaller window does not shorten the queue, it is what is usual now, and the window grows back."""
+    window = Window(64, 64, 0.0)
+    sizes = []
+    for tick in range(4_000):
+        window.answered(int(window.size), 0.01 if tick < 400 else 2.0, tick / 20, 3.0)
+        sizes.append(window.size)
+    assert min(sizes) >= 64 * 0.3
+    assert sizes[-1] == 64
+
+
+def test_a_queue_that_fills_is_met_by_a_window_that_grows_no_more() -> None:
+    """As in TCP Vegas: the window stops where requests begin to queue, long before any is refused."""
+    window = Window(8, 1_024, 0.0)
+    now = 0.0
+    for _ in range(60):
+        size = int(window.size)
+        queue = max(0.0, size - 200) / 200
+        now += 1.0 + queue
+        for _ in range(size):
+            window.answered(size, queue, now, 1.0 + queue)
+    assert 195 <= window.size <= 260
+
+
+def test_bodies_in_flight_are_bounded() -> None:
+    """Requests with images in them wait for one another where they would fill the memory; one goes always."""
+    made = Dispatcher(Pace(100), MANY, 0.0, memory=25)
+    bodies = [msgspec.structs.replace(request(row), body=b"x" * size) for row, size in enumerate([10, 10, 10, 99])]
+    made.offer(turns(*bodies))
+    tickets = taken(made, 0.0)
+    assert len(tickets) == 2
+    assert made.pressure().binds == "memory"
+    for ticket in tickets:
+        made.answered(ticket, usage(1, 1), None, 1.0)
+    made.landed(2)
+    [third] = taken(made, 1.0)
+    made.answered(third, usage(1, 1), None, 2.0)
+    made.landed(1)
+    assert [ticket.turn.request.row for ticket in taken(made, 2.0)] == [3]
+
+
 # Outages
 
 
@@ -763,6 +992,31 @@ def test_failures_in_a_row_open_the_breaker(in_flight: int, needed: int) -> None
     assert breaker.open_since is None
     breaker.observe(True, in_flight, 100.0)
     assert breaker.open_since == 100.0
+
+
+@pytest.mark.parametrize("kind", [Kind.UNAVAILABLE, Kind.CONNECTION])
+@pytest.mark.parametrize("in_flight", [2, 8, 200])
+def test_a_service_that_is_doubted_is_asked_little(kind: Kind, in_flight: int) -> None:
+    """Five minutes of nothing but quick failures cost 30 requests after the first of them has come back."""
+    rows, start, end = 4_000, 30.0, 330.0
+    service = Scripted(lambda _, now: Failure(kind, "down") if start <= now < end else None, latency=0.05)
+    pace = Pace(in_flight, requests=1_000)
+    world = World(Dispatcher(pace, MANY, 0.0), service, turns(*(request(row) for row in range(rows)))).run()
+    first = world.refused[0][0]
+    assert sum(first < when < end for when, _ in world.sent) <= 30
+    assert not world.failed
+    assert sum(end + 15 <= when < end + 25 for when, _ in world.sent) >= 0.95 * 160
+
+
+def test_answers_from_before_an_outage_do_not_end_it() -> None:
+    """What went before the first loss and is answered late says nothing of the time after."""
+    breaker = Breaker()
+    for number in range(10):
+        breaker.observe(True, 10, 5.0 + number / 10, lost=True, sent=4.0 + number / 10)
+    assert breaker.open_since == pytest.approx(5.9)
+    assert not breaker.observe(False, 10, 7.0, sent=3.9)
+    assert breaker.open_since is not None
+    assert breaker.observe(False, 10, 8.0, sent=4.5)
 
 
 def test_failures_among_answers_do_not_open_the_breaker() -> None:
@@ -1043,3 +1297,23 @@ def test_the_share_of_each_bucket_that_is_used_is_told() -> None:
     assert used["requests per minute"] == pytest.approx(0.9, abs=0.05)
     assert used["tokens per second"] == 1.0
     assert made.used(6.5)["tokens per second"] == 0.0
+
+
+def test_what_is_decided_can_be_read() -> None:
+    """A trace has each cut, limit and outage with its moment and its reason, and no line per request."""
+    decisions: list[Decision] = []
+    made = Dispatcher(Pace(10), MANY, 0.0, trace=decisions.append)
+    made.offer(turns(*(request(row) for row in range(100))))
+    tickets = taken(made, 0.0)
+    made.limits([minute("requests", 600, 500)], tickets[9], 0.5)
+    for ticket in tickets:
+        made.failed(ticket, Failure(Kind.UNAVAILABLE, "x"), 1.0)
+    made.landed(10)
+    [probe] = taken(made, 13.0)
+    made.answered(probe, usage(1, 1), None, 14.0)
+    assert decisions == [
+        (0.5, "requests per minute: 600, by headers"),
+        (1.0, "window 10 to 7: unavailable"),
+        (1.0, "an outage begins: unavailable"),
+        (14.0, "the outage is over"),
+    ]

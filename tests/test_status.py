@@ -376,6 +376,7 @@ def test_what_is_shown_is_true_and_harmless() -> None:
         complete_parts=2,
         ledger_bytes=2_340_000,
         totals=Totals(failed=10, failure_kinds={"rejected": 10}),
+        decisions=tuple((BEGAN + each, f"window {each}\x07") for each in range(9)),
         timeline=[
             Second(time=BEGAN, seconds=10, rows=50, prompt_tokens=7_000, refused=3, failed=2, in_flight=8.6, held={}),
             Second(time=BEGAN + 10, seconds=10, rows=5, held={"input": 1, "tokens per minute": 9}, cost_usd=0.5),
@@ -396,6 +397,8 @@ def test_what_is_shown_is_true_and_harmless() -> None:
         "  ledger    2.3 MB",
         "  failed    rejected 10",
     ]
+    decided = shown.index("  what the scheduler decided last (UTC):")
+    assert [text[12:] for text in shown[decided + 1 : decided + 8]] == [*(rf"window {n}\x07" for n in range(3, 9)), ""]
     clock = time.strftime("%H:%M", time.gmtime(BEGAN))
     assert shown[14:16] == [
         f"  60 × rate_limited, last at {clock}:01: slow down",

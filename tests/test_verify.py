@@ -68,7 +68,10 @@ def whole(service: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output of a run that paused in the middle of its second part."""
     with running(Settings(latency=0.0, requests_per_day=22)) as simulator:
-        job = batcher.load(_job(tmp_path_factory.mktemp("interrupted"), simulator.url), ["schedule.max_in_flight=1"])
+        job = batcher.load(
+            _job(tmp_path_factory.mktemp("interrupted"), simulator.url),
+            ["schedule.max_in_flight=1", "schedule.wait=false"],
+        )
         with pytest.raises(batcher.errors.PausedError):
             batcher.run(job)
     return job.folder / job.output.path

@@ -231,7 +231,7 @@ class _Again(Feed):
         opened.changed = part in self._progress
         progress = self._progress.pop(part, None) or Progress(frozenset(), 0, {})
         wanted = again.keys() - progress.done
-        await self._press.begin(opened, len(wanted), self._dispatcher.window.ceiling)
+        await self._press.begin(opened, len(wanted), self._dispatcher.ceiling)
         # Their attempts are counted on from those of before; what failed then is forgiven.
         before: dict[int, tuple[int, dict[Kind, int]]] = {row: (again[row].attempts, {}) for row in wanted}
         tried = before | progress.tried

@@ -60,6 +60,9 @@ class Attempts:
     async def work(self) -> None:
         """One of the run's workers: attempt after attempt until nothing more is to be sent."""
         while (ticket := await self._turns.take()) is not None:
+            if ticket.exceeds is not None:
+                self._never_fits(ticket, ticket.exceeds)
+                continue
             await self.attempt(ticket)
             while self._ledger.backlog > BACKLOG_BYTES and not self._turns.closed:
                 self.disk.clear()
@@ -121,7 +124,10 @@ class Attempts:
     def _answered(self, ticket: Ticket, attempt: Attempt, answer: Answer) -> None:
         attempt.outcome = Outcome.ANSWERED
         usage = answer.usage
-        self._dispatcher.answered(ticket, usage, answer.times.queue_time, self._now())
+        queued = answer.times.queue_time
+        if queued is None and ticket.turn.request.stream:
+            queued = attempt.time_to_first_token  # without streaming it is the whole answer's time
+        self._dispatcher.answered(ticket, usage, queued, self._now())
         self._guard.answered()
         if self.held:
             self.release_held()
@@ -146,7 +152,7 @@ class Attempts:
         turn, settings = ticket.turn, self._prepared.job.retry
         tried = dict(turn.tried or {})
         again: Again | None
-        if ticket.probe and self._dispatcher.breaker.open_since is not None:
+        if ticket.probe and self._dispatcher.is_down(turn):
             again = Again(0.0, 0.0)  # it was sent to see whether the outage is over: no fault of the row
         else:
             tried[failure.kind] = tried.get(failure.kind, 0) + 1
@@ -162,6 +168,17 @@ class Attempts:
             self.held.append(attempt)
         else:
             attempt.outcome = Outcome.FAILED
+
+    def _never_fits(self, ticket: Ticket, limit: str) -> None:
+        """The row is larger than a whole limit: it fails without being sent, or sent again."""
+        message = f"it needs about {ticket.tokens:,.0f} tokens at once, and the service allows {limit}"
+        failure = Failure(Kind.EXCEEDS_QUOTA, message)
+        attempt = _recorded(ticket, failure)
+        if ticket.turn.attempt == 1:
+            attempt.attempt = 0  # it never became a request
+        _explain(attempt, failure)
+        attempt.outcome = Outcome.FAILED
+        self._ledger.record(attempt)
 
     def _interrupted(self, ticket: Ticket) -> None:
         """The run ends without waiting for what comes: the request was sent, and may be paid."""

@@ -220,7 +220,7 @@ class Feed:
         """Offer these rows of one range; false when the input or the run ends in it."""
         opened = await self._range(part)
         rows = opened.rows
-        await self._press.begin(opened, wanted.bit_count(), self._dispatcher.window.ceiling)
+        await self._press.begin(opened, wanted.bit_count(), self._dispatcher.ceiling)
         opened.done = self._done.get(part, 0) | wanted
         opened.changed = part in self._progress
         progress = self._progress.pop(part, None) or Progress(frozenset(), 0, {})

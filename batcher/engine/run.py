@@ -3,14 +3,17 @@
 import asyncio
 import gc
 import math
+import os
 import resource
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import anyio
 import msgspec
@@ -30,10 +33,10 @@ from batcher.errors import BatcherError, InterruptedRunError, JobError, PausedEr
 from batcher.job import Job
 from batcher.ledger import REPARSE, Ledger, Lock, lock_beside
 from batcher.parameters import is_template
-from batcher.records import UNIT, Attempt, Outcome, Snapshot, Summary, Totals
+from batcher.records import UNIT, Attempt, KnownLimit, Note, Outcome, Snapshot, Summary, Totals
 from batcher.report import money
 from batcher.retry import Guard
-from batcher.schedule import Budget, Dispatcher, Pace
+from batcher.schedule import Budget, Decision, Dispatcher, Pace
 from batcher.sink import Shape
 from batcher.store import Results
 from batcher.transport import HttpTransport, Transport
@@ -44,11 +47,15 @@ SETTLE = 10.0
 """Seconds that the disk is given to take what has arrived."""
 LOOK = 5.0
 """Seconds that a run's first request waits for the service to say which models it has."""
-LONGEST_WAIT = 3600.0
-"""Seconds: a bucket that takes longer to refill pauses the run instead."""
+LONGEST_WAIT = 300.0
+"""Seconds: with `wait = false` a limit that takes longer until the next request may go pauses the run instead."""
 PATIENCE = 6 * 3600.0
 PATIENCE_AT_FIRST = 120.0
 """Seconds that an outage may last: when something has answered before, and when nothing ever has."""
+LONG = 60.0
+"""Seconds of waiting of which the progress tells the end."""
+DECISIONS = 20
+"""The last decisions of the scheduler that a run tells of."""
 
 RARELY = 50_000
 """New objects between two looks of the garbage collector during a run."""
@@ -159,28 +166,45 @@ class _Run:
         budget: Budget | None,
     ) -> None:
         schedule = prepared.job.schedule
+        numbers = (schedule.requests_per_minute, schedule.tokens_per_minute, schedule.uncached_tokens_per_minute)
         pace = Pace(
             None if schedule.max_in_flight == "auto" else schedule.max_in_flight,
-            schedule.requests_per_minute,
-            schedule.tokens_per_minute,
-            schedule.uncached_tokens_per_minute,
+            *(None if number == "auto" else number for number in numbers),
         )
         self._now = asyncio.get_running_loop().time
         self._started, self._started_at = self._now(), datetime.now(UTC)
         self._prepared, self._ledger, self._transport, self._watcher = prepared, ledger, transport, watch
         self._budget = budget
-        self._dispatcher = Dispatcher(pace, _open_files(), self._now(), budget)
+        self._decisions: deque[Decision] = deque(maxlen=DECISIONS)
+        self._before = _known_before(ledger)
+        self._host = urlsplit(prepared.access.url).netloc
+        self._dispatcher = Dispatcher(
+            pace,
+            _open_files(),
+            self._started,
+            budget=budget,
+            memory=_memory(),
+            known=[limit for limit in self._before if limit.host == self._host],
+            trace=self._decisions.append,
+        )
         self._turns = Turns(self._dispatcher)
         self._counts = Counts()
         self._press = Press(prepared, shape, ledger, self._end)
         self._twins = Twins(ledger, self._press.asks) if schedule.dedupe else None
         self._feed = feed(prepared, ledger, self._press, self._dispatcher, self._turns, self._counts, self._twins)
-        self._guard = Guard()
+        self._guard = Guard(schedule.wait)
         self._attempts = Attempts(
             prepared, transport, self._dispatcher, self._turns, ledger, self._guard, self._counts, budget, self._end
         )
         self._timeline = Timeline(
-            ledger, self._dispatcher, self._counts, self._why_idle, self._started, self._started_at
+            ledger,
+            self._dispatcher,
+            self._counts,
+            self._why_idle,
+            self._decisions,
+            self._limits,
+            self._started,
+            self._started_at,
         )
         self._sending = anyio.CancelScope()
         self._ending: BatcherError | None = None
@@ -211,7 +235,7 @@ class _Run:
                         crew.start_soon(self._offer)
                         await self._turns.called()
                         await self._check_models()
-                        for _ in range(self._dispatcher.window.ceiling):
+                        for _ in range(self._dispatcher.ceiling):
                             crew.start_soon(self._attempts.work)
                 await self._settle()
                 if not self._hasty:
@@ -384,7 +408,7 @@ class _Run:
     def _overdue(self) -> PausedError | None:
         if short := self._short():
             return short
-        since, now = self._dispatcher.breaker.open_since, self._now()
+        since, now = self._dispatcher.down_since, self._now()
         patience = PATIENCE if self._counts.answers or self._counts.before else PATIENCE_AT_FIRST
         if since is not None and now - since > patience:
             why = f": {self._counts.last_failure}" if self._counts.last_failure else ""
@@ -392,12 +416,18 @@ class _Run:
                 f"{self._prepared.access.url} has not answered for {patience / 60:.0f} minutes{why}\n"
                 "run the same command again when it does"
             )
-        if self._turns.until is not None and self._turns.until - now > LONGEST_WAIT and not self._dispatcher.in_flight:
-            hours = (self._turns.until - now) / 3600
+        wait = self._turns.until - now if self._turns.until is not None and not self._dispatcher.in_flight else 0.0
+        if wait > LONGEST_WAIT and not self._prepared.job.schedule.wait:
+            until = f"until {datetime.fromtimestamp(self._clock(now + wait), UTC):%Y-%m-%d %H:%M} UTC"
             return PausedError(
-                f"{self._dispatcher.pressure().binds}: used up for {hours:.1f} h\nrun the same command again then"
+                f"{self._dispatcher.pressure().binds}: used up for {wait / 3600:.1f} h, {until}\n"
+                "run the same command again then"
             )
         return None
+
+    def _clock(self, moment: float) -> float:
+        """The Unix time of a moment of the event loop."""
+        return self._started_at.timestamp() + moment - self._started
 
     async def _count(self) -> None:
         """Count the input while the first rows are on their way."""
@@ -411,6 +441,7 @@ class _Run:
 
     def _snapshot(self) -> Snapshot:
         pressure, counts = self._dispatcher.pressure(), self._counts
+        until = self._waits_until()
         return Snapshot(
             total=self._feed.asked,
             answered=counts.answered_rows,
@@ -419,7 +450,7 @@ class _Run:
             in_flight=pressure.in_flight,
             window=pressure.window,
             waiting=pressure.fresh + pressure.retrying,
-            binds=self._timeline.binds,
+            binds=self._timeline.binds if until is None else pressure.binds,
             buckets=self._dispatcher.used(self._now()),
             requests=self._dispatcher.sent,
             refused=counts.refused,
@@ -430,7 +461,20 @@ class _Run:
             phase=self._phase,
             budget_usd=self._prepared.job.schedule.budget_usd,
             spent_usd=None if self._budget is None else self._budget.spent,
+            until=until,
         )
+
+    def _waits_until(self) -> float | None:
+        """The Unix time until which nothing goes, where that is a minute or more away."""
+        until = self._turns.until
+        if until is None or until - self._now() < LONG or self._dispatcher.in_flight:
+            return None
+        return self._clock(until)
+
+    def _limits(self) -> tuple[KnownLimit, ...]:
+        """What is known of services' limits: of this one by this run, of others by earlier ones."""
+        mine = {limit[:5]: limit for limit in (one._replace(host=self._host) for one in self._dispatcher.known())}
+        return (*(limit for limit in self._before if limit[:5] not in mine), *mine.values())
 
     async def _conclude(self) -> Summary:
         """Write the summary; raise what ended the run, if it was not its end."""
@@ -492,6 +536,19 @@ def _budget(prepared: Prepared, ledger: Ledger) -> Budget | None:
             "name another output"
         )
     return Budget(math.inf if limit is None else limit, ledger.take_up_spending(before), prepared.most)
+
+
+def _known_before(ledger: Ledger) -> tuple[KnownLimit, ...]:
+    """The limits that earlier runs found out."""
+    try:
+        return msgspec.msgpack.decode(ledger.meta("note") or b"", type=Note).limits
+    except msgspec.MsgspecError:
+        return ()  # no run came to say anything
+
+
+def _memory() -> int:
+    """Bytes of requests that may be in flight: an eighth of what the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
 
 
 def _open_files() -> int:

@@ -1,13 +1,13 @@
 """Where a run's time goes: a line for every second in which something happened, and what the run says of itself."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime
 
 from batcher.engine.counts import Counts
 from batcher.ledger import Ledger
-from batcher.records import Note, Second, Snapshot
-from batcher.schedule import Dispatcher
+from batcher.records import KnownLimit, Note, Second, Snapshot
+from batcher.schedule import Decision, Dispatcher
 
 SHORTEST = 0.1
 """Seconds that a line in which nothing happened has at least."""
@@ -24,14 +24,20 @@ class Timeline:
         dispatcher: Dispatcher,
         counts: Counts,
         why_idle: Callable[[], str],
+        decisions: Collection[Decision],
+        limits: Callable[[], tuple[KnownLimit, ...]],
         started: float,
         started_at: datetime,
     ) -> None:
-        """`started` is the event loop's time at the moment `started_at`: all other moments follow from it."""
+        """`decisions` are the scheduler's last, `limits` what the next run should know.
+
+        `started` is the event loop's time at the moment `started_at`: all other moments follow from it."""
         self._ledger = ledger
         self._dispatcher = dispatcher
         self._counts = counts
         self._why_idle = why_idle
+        self._decisions = decisions
+        self._limits = limits
         self._clock = started_at.timestamp() - started
         self._started_at = started_at.isoformat(timespec="seconds")
         self._since = started
@@ -98,6 +104,8 @@ class Timeline:
             pid=os.getpid(),
             snapshot=snapshot,
             troubles=self._counts.troubles,
+            decisions=tuple((int(self._clock + each.at), each.what) for each in self._decisions),
+            limits=self._limits(),
         )
 
     def _sums(self) -> tuple[int, ...]:

@@ -56,7 +56,7 @@ class Turns:
     async def hungry(self, size: int) -> None:
         """Return when more rows are wanted, whose bodies have so many bytes each."""
         most = WAITING_BYTES // max(size, 1)
-        while self._dispatcher.waiting > min(self._enough(), most) and not self.closed:
+        while not self._dispatcher.hungry(most) and not self.closed:
             self._wanted.clear()
             await self._wanted.wait()
 
@@ -76,7 +76,7 @@ class Turns:
         granted = self._dispatcher.take(self._loop.time())
         if isinstance(granted, Ticket):
             self.until = None
-            if not self._wanted.is_set() and self._dispatcher.waiting <= self._enough():
+            if not self._wanted.is_set() and self._dispatcher.hungry():
                 self._wanted.set()
             return granted
         self.until = granted
@@ -85,6 +85,3 @@ class Turns:
                 self._timer.cancel()
             self._timer = self._loop.call_at(granted, self.wake)
         return None
-
-    def _enough(self) -> int:
-        return max(256, int(self._dispatcher.window.size))

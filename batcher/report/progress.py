@@ -5,6 +5,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import NamedTuple, TextIO
 
 from rich.console import Console
@@ -146,7 +147,10 @@ def _left(snapshot: Snapshot, speed: Rates) -> str:
 
 
 def _held(snapshot: Snapshot) -> str:
-    return f"held by {snapshot.binds}" if snapshot.phase == "running" else ""
+    if snapshot.phase != "running":
+        return ""
+    until = "" if snapshot.until is None else f" until {datetime.fromtimestamp(snapshot.until, UTC):%Y-%m-%d %H:%M} UTC"
+    return f"held by {snapshot.binds}{until}"
 
 
 def _done(snapshot: Snapshot) -> str:

@@ -5,6 +5,8 @@ from datetime import UTC, datetime
 from batcher.records import Second, Status
 from batcher.report.text import budget, count, duration, money, printable, size
 
+DECISIONS = 6
+"""How many of the scheduler's last decisions are shown."""
 _LIVE = ("running", "draining", "publishing")
 _HINTS = {
     "broken off": "its last run did not come to its end (killed?): run the job again",
@@ -40,6 +42,9 @@ def status_text(status: Status) -> str:
         for kind, trouble in sorted(status.troubles.items(), key=lambda pair: -pair[1].attempts):
             last = f"{count(trouble.attempts)} × {kind}, last at {_clock(trouble.sent_at)}: {trouble.message}"
             text.append(printable(f"  {last}"[:200]))
+    if status.decisions:
+        text += ["", "  what the scheduler decided last (UTC):"]
+        text += [printable(f"  {_clock(at)}  {what}") for at, what in status.decisions[-DECISIONS:]]
     if status.timeline:
         text += ["", *_table(status.timeline)]
     return "\n".join(text)

@@ -1,39 +1,26 @@
 """One dispatcher decides who goes next: pure state, told what happened and when; it never waits itself."""
 
-import heapq
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import inf
 from typing import NamedTuple
 
-from batcher.records import Failure, Kind, Limit, Turn, Usage
+from batcher.records import Failure, KnownLimit, Limit, Turn, Usage
 from batcher.schedule.budget import Budget
 from batcher.schedule.capacity import Breaker, Window
-from batcher.schedule.quota import Bucket
+from batcher.schedule.lane import Lane
+from batcher.schedule.quota import Amounts
 
 AUTO_START = 8
 AUTO_CEILING = 1024
-FIRST_OUTPUT_GUESS = 500.0
-"""Completion tokens to expect of a request without an output cap, until answers have told."""
-MOST_RESERVED = 16_384.0
-"""What Cerebras was seen to reserve for the answer of a request without an output cap."""
 RETRY_BUDGET = 500.0
 """Retries draw about 5 each and get it back when they are answered; every answer gives 0.5, every second 1."""
-
-_CONGESTION = {Kind.OVERLOADED, Kind.UNAVAILABLE, Kind.DISCONNECTED, Kind.TIMEOUT, Kind.REQUEST_TIMEOUT}
-_UNREACHABLE = {Kind.CONNECTION, Kind.CONNECT_TIMEOUT, Kind.DNS}
-_BROKEN = {*_UNREACHABLE, Kind.UNAVAILABLE, Kind.SERVER_ERROR, Kind.DISCONNECTED, Kind.TIMEOUT, Kind.REQUEST_TIMEOUT}
-_TELLS_NOTHING = {Kind.STALE_CONNECTION, Kind.LOCAL_RESOURCES}
-"""Failures from which nobody learns whether the service answers."""
-_ASKED_TO_WAIT = {Kind.RATE_LIMITED, Kind.DAY_QUOTA}
-_NOT_CONSUMED = {*_UNREACHABLE, Kind.RATE_LIMITED, Kind.OVERLOADED, Kind.DAY_QUOTA, Kind.LOCAL_RESOURCES}
-
-
-_RESOURCES = ("requests", "tokens", "uncached_tokens")
+FEW_WAITING, MOST_WAITING = 256, 10_000
+"""Rows that should wait of each model, where its window is not larger; and that may wait of all where some has few."""
 _MOST_IN_FLIGHT = "schedule.max_in_flight"
 
 
 class Pace(NamedTuple):
-    """What the job says of its own speed; None and "auto" say nothing. Rates are per minute."""
+    """What the job says of its own speed; None says nothing. Rates are per minute, of each model and tier."""
 
     max_in_flight: int | None = None
     requests: float | None = None
@@ -51,8 +38,10 @@ class Ticket(NamedTuple):
     cost: float
     probe: bool
     """Whether it goes to see if an outage is over."""
-    marks: tuple[float, float, float]
-    """What had been charged in all of each of `_RESOURCES` when it went: headers are read against it."""
+    marks: Amounts
+    """What had been charged in all of each resource when it went: headers are read against it."""
+    exceeds: str | None = None
+    """The limit that is smaller than this request alone: it is not to be sent."""
 
 
 class Pressure(NamedTuple):
@@ -66,143 +55,112 @@ class Pressure(NamedTuple):
     """What held the last request back that could not go: a word of docs/scheduling.md."""
 
 
-class Dispatcher:
-    """Which request may go, and when. All times are monotonic seconds, passed in."""
+class Decision(NamedTuple):
+    """Something that was decided for all that follow, and why: a line of the trace."""
 
-    def __init__(self, pace: Pace, ceiling: int, now: float, budget: Budget | None = None) -> None:
-        """`ceiling` bounds the window whatever the job says: open files, workers."""
+    at: float
+    what: str
+
+
+class Dispatcher:
+    """Which request may go, and when. All times are monotonic seconds, passed in.
+
+    Rows of each model and tier stand in a lane of their own; lanes take turns.
+    """
+
+    def __init__(
+        self,
+        pace: Pace,
+        ceiling: int,
+        now: float,
+        *,
+        budget: Budget | None = None,
+        memory: float = inf,
+        known: Sequence[KnownLimit] = (),
+        trace: Callable[[Decision], None] | None = None,
+    ) -> None:
+        """`ceiling` bounds what is in flight whatever the job says: open files, workers; `memory` bounds its bytes.
+
+        `budget` bounds what may be spent, `known` are limits from an earlier run; `trace` is told the decisions.
+        """
         self._budget = budget
         self.in_flight = 0
-        start = min(pace.max_in_flight or AUTO_START, ceiling)
-        self.window = Window(start, min(pace.max_in_flight or AUTO_CEILING, ceiling), now)
-        self.breaker = Breaker()
-        self._fresh: deque[Turn] = deque()
-        self._again: list[tuple[float, int, float, Turn]] = []
-        self._order = 0
+        self.sent = 0
+        """Requests that were let go."""
+        self.ceiling = min(pace.max_in_flight or AUTO_CEILING, ceiling)
+        self._start = min(pace.max_in_flight or AUTO_START, ceiling)
+        self._rates = (pace.requests, pace.tokens, pace.uncached_tokens)
+        self._known = known
+        self._trace = trace
+        self._memory, self._bytes = memory, 0
+        self._lanes: dict[tuple[str, str | None], Lane] = {}
+        self._order: list[Lane] = [self._open("", None, now)]
+        self._next = 0
+        self._pushed = 0
+        self._waiting = 0
         self._retries = RETRY_BUDGET
         self._retries_at = now
         self._blocked_until = now
         self._blocked_by = ""
-        self._own = [
-            (resource, Bucket.within(f"schedule.{resource}_per_minute", limit, now))
-            for resource in _RESOURCES
-            if (limit := getattr(pace, resource)) is not None
-        ]
-        self._theirs: dict[tuple[str, float], Bucket] = {}
-        self._spent = [0.0, 0.0, 0.0]
-        self._prompt_ratio = 1.0
-        self._output_guess = FIRST_OUTPUT_GUESS
-        self._reserved = 0.0
-        self._cached_share = 0.0
-        self._refusals = 0
-        self._refused_at = now
         self._at_ceiling = "open files" if ceiling < (pace.max_in_flight or AUTO_CEILING) else _MOST_IN_FLIGHT
         self._binds, self._bound_since = "input", now
         self._held: dict[str, float] = {}
+        self._now = now
 
     # What happens
 
     def offer(self, turns: Sequence[Turn]) -> None:
         """Rows that were never asked."""
-        self._fresh.extend(turns)
+        self._waiting += len(turns)
+        for turn in turns:
+            self._lane(turn).fresh.append(turn)
 
     def again(self, turn: Turn, cost: float) -> None:
         """A row that is to be asked again from `turn.ready` on; `cost` is drawn from the retry budget as it goes."""
-        self._order += 1
-        heapq.heappush(self._again, (turn.ready, self._order, cost, turn))
+        self._pushed += 1
+        self._waiting += 1
+        self._lane(turn).push(turn, self._pushed, cost)
 
     def take(self, now: float) -> Ticket | float | None:
         """The next request with the right to send it; or the moment to ask again; or None: when something happened."""
-        if not self._fresh and not self._again:
+        self._now = now
+        lanes = self._order
+        if not self._waiting:
             self._bind("input", now)
             return None
-        if self.in_flight >= int(self.window.size):
+        if self.in_flight >= self.window_size:
             self._bind(self._full(), now)
             return None
-        until = max(self._blocked_until, self.breaker.ready(now))
-        if until > now:
-            self._bind("outage" if self.breaker.open_since is not None else self._blocked_by, now)
-            return until
-        retry = bool(self._again) and self._again[0][0] <= now and self._affords(self._again[0][2], now)
-        if retry and self._fresh and self.breaker.open_since is not None:
-            retry = False  # rows that have not failed yet make the probes: an outage must not use up anyone's attempts
-        if not retry and not self._fresh:
-            ready, _, cost, _ = self._again[0]
-            self._bind("retries", now)
-            return max(ready, self._retries_at + cost - self._retries)
-        _, _, cost, turn = self._again[0] if retry else (0.0, 0, 0.0, self._fresh[0])
-        if self._budget is not None and not self._budget.affords(turn.request):
-            self._bind("budget", now)
-            if not self._budget.skips(turn.request):
-                return None
-            if retry:
-                heapq.heappop(self._again)
-            else:
-                self._fresh.popleft()
-            return self.take(now)
-        tokens = self._estimate(turn)
-        uncached = tokens * (1 - self._cached_share)
-        for resource, bucket in self._buckets():
-            at = bucket.ready(_charge(resource, tokens, uncached), now)
-            if at > now:
-                self._bind(bucket.name, now)
-                return at
-        if retry:
-            heapq.heappop(self._again)
-            self._retries -= cost
-        else:
-            self._fresh.popleft()
-        for resource, bucket in self._buckets():
-            bucket.charge(_charge(resource, tokens, uncached), now)
-        if self._budget is not None:
-            self._budget.lease(turn)
-        self._spent[0] += 1
-        self._spent[1] += tokens
-        self._spent[2] += uncached
-        self.in_flight += 1
-        if self.in_flight >= self.window.ceiling:
-            self._bind(self._at_ceiling, now)  # every worker is out now, and nobody will ask
-        self.breaker.sent(now)
-        probe = self.breaker.open_since is not None
-        return Ticket(turn, now, tokens, uncached, cost, probe, (self._spent[0], self._spent[1], self._spent[2]))
+        if self._blocked_until > now:
+            self._bind(self._blocked_by, now)
+            return self._blocked_until
+        for_retries = self._for_retries(now)
+        soonest, why = inf, ""
+        for number in range(self._next, self._next + len(lanes)):
+            lane = lanes[number % len(lanes)]
+            if lane.fresh or lane.again:
+                granted = self._from(lane, for_retries, now)
+                if isinstance(granted, Ticket):
+                    self._next = (number + 1) % len(lanes)
+                    return granted
+                at, what = granted
+                if at < soonest or not why:
+                    soonest, why = at, what
+        self._bind(why, now)
+        return None if soonest == inf else soonest
 
     def answered(self, ticket: Ticket, usage: Usage, queue_time: float | None, now: float) -> None:
         """A request was answered: settle what it used, let the window grow."""
-        self.window.answered(self.in_flight, queue_time, now)
-        self._refusals = 0
         self._retries = min(RETRY_BUDGET, self._retries + ticket.cost + 0.5)
-        if self.breaker.observe(False, self.in_flight, now):
-            self.window.restart(now)
-        prompt, completion = usage.prompt_tokens, usage.completion_tokens
-        if prompt is None or completion is None:
-            return
-        self._prompt_ratio += 0.05 * (prompt / ticket.turn.request.prompt_tokens - self._prompt_ratio)
-        self._output_guess += 0.05 * (completion - self._output_guess)
-        self._cached_share += 0.05 * ((usage.cached_tokens or 0) / max(1, prompt) - self._cached_share)
-        for resource, bucket in self._buckets():
-            if resource != "requests":
-                used = prompt + completion - (usage.cached_tokens or 0 if resource == "uncached_tokens" else 0)
-                bucket.charge(used - _charge(resource, ticket.tokens, ticket.uncached), now)
+        self._bytes -= len(ticket.turn.request.body)
+        amounts = (1.0, ticket.tokens, ticket.uncached)
+        self._lane(ticket.turn).answered(ticket.turn, amounts, usage, queue_time, ticket.sent, now)
 
     def failed(self, ticket: Ticket, failure: Failure, now: float) -> None:
         """A request failed: give back what it did not use, and slow down for all as the refusal asks."""
-        kind = failure.kind
-        if kind in _CONGESTION and self.breaker.open_since is None:
-            self.window.congested(ticket.sent, now)
-        elif kind is Kind.LOCAL_RESOURCES:
-            self.window.congested(ticket.sent, now, 0.5)
-        if kind not in _TELLS_NOTHING:
-            out_of_many = 0 if kind in _UNREACHABLE else self.in_flight
-            if self.breaker.observe(kind in _BROKEN, out_of_many, now):
-                self.window.restart(now)
-        if kind in _NOT_CONSUMED:
-            for resource, bucket in self._buckets():
-                bucket.charge(-_charge(resource, ticket.tokens, ticket.uncached), now)
-        self.limits(failure.limits, ticket, now)
-        if kind in _ASKED_TO_WAIT:
-            self._refused(failure, ticket, now)
-        elif failure.retry_after is not None and kind in _CONGESTION:
-            self.pause(now + min(failure.retry_after, 3600.0), "the service's wait")
+        self._bytes -= len(ticket.turn.request.body)
+        amounts = (1.0, ticket.tokens, ticket.uncached)
+        self._lane(ticket.turn).failed(failure, ticket.turn, amounts, ticket.sent, ticket.marks, now)
 
     def landed(self, count: int) -> None:
         """What came of this many requests is durable: only now others go in their place."""
@@ -210,12 +168,7 @@ class Dispatcher:
 
     def limits(self, limits: Sequence[Limit], ticket: Ticket, now: float) -> None:
         """What the service's headers say of its buckets, written for this ticket's request."""
-        for limit in limits:
-            if limit.limit is None or limit.remaining is None:
-                continue
-            bucket = self._their(limit, now)
-            which = _RESOURCES.index(limit.resource)
-            bucket.correct(limit, ticket.sent, self._spent[which] - ticket.marks[which], now)
+        self._lane(ticket.turn).quota.told(limits, ticket.sent, ticket.marks, now)
 
     def pause(self, until: float, why: str) -> None:
         """Nothing goes before `until`."""
@@ -225,14 +178,48 @@ class Dispatcher:
     # What is seen
 
     @property
+    def window(self) -> Window:
+        """The window of the model that was asked first: the only one, as a rule."""
+        return self._order[0].window
+
+    @property
+    def breaker(self) -> Breaker:
+        """The breaker of the model that was asked first: the only one, as a rule."""
+        return self._order[0].breaker
+
+    @property
+    def window_size(self) -> int:
+        """How many may be in flight now, of all models together."""
+        if len(self._order) == 1:
+            return int(self._order[0].window.size)
+        return min(self.ceiling, sum([int(lane.window.size) for lane in self._order]))
+
+    @property
+    def down_since(self) -> float | None:
+        """Since when nothing answers, whatever the model."""
+        since = [lane.breaker.open_since for lane in self._order]
+        return None if None in since else max(at for at in since if at is not None)
+
+    def is_down(self, turn: Turn) -> bool:
+        """Whether the service does not answer requests for this one's model."""
+        return self._lane(turn).breaker.open_since is not None
+
+    @property
     def waiting(self) -> int:
         """Rows that were never sent yet."""
-        return len(self._fresh)
+        return sum([len(lane.fresh) for lane in self._order])
+
+    def hungry(self, most: float = inf) -> bool:
+        """Whether more rows are wanted: some model has few, and all together have no more than `most`."""
+        if len(self._order) == 1:
+            return len(self._order[0].fresh) <= min(most, max(FEW_WAITING, int(self._order[0].window.size)))
+        few = any(len(lane.fresh) <= max(FEW_WAITING, int(lane.window.size)) for lane in self._order)
+        return few and self.waiting <= min(most, MOST_WAITING)
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits and nothing is in flight."""
-        return not (self._fresh or self._again or self.in_flight)
+        return not (self.in_flight or self._waiting)
 
     @property
     def out_of_rows(self) -> bool:
@@ -241,12 +228,8 @@ class Dispatcher:
 
     def pressure(self) -> Pressure:
         """The state in numbers and a word."""
-        return Pressure(self.in_flight, int(self.window.size), len(self._fresh), len(self._again), self._binds)
-
-    @property
-    def sent(self) -> int:
-        """Requests that were let go."""
-        return int(self._spent[0])
+        again = sum(len(lane.again) for lane in self._order)
+        return Pressure(self.in_flight, self.window_size, self.waiting, again, self._binds)
 
     def held(self, now: float) -> dict[str, float]:
         """Seconds that each thing held requests back since this was last asked."""
@@ -256,9 +239,90 @@ class Dispatcher:
 
     def used(self, now: float) -> dict[str, float]:
         """By the names of the buckets: which share of it is used up, 0 to 1."""
-        return {bucket.name: bucket.used(now) for _, bucket in self._buckets()}
+        return {name + lane.name: used for lane in self._order for name, used in lane.quota.used(now).items()}
+
+    def known(self) -> list[KnownLimit]:
+        """What was found out about the service's limits, to be remembered for the next run; without its host."""
+        return [limit for (model, tier), lane in self._lanes.items() for limit in lane.quota.known(model, tier)]
 
     # How it is reckoned
+
+    def _lane(self, turn: Turn) -> Lane:
+        request = turn.request
+        lane = self._lanes.get((request.model, request.tier))
+        return lane or self._begin(request.model, request.tier)
+
+    def _begin(self, model: str, tier: str | None) -> Lane:
+        """The lane of a model that was not asked before."""
+        if not self._lanes:
+            self._order.clear()
+        lane = self._lanes[model, tier] = self._open(model, tier, self._now)
+        self._order.append(lane)
+        if len(self._order) > 1:
+            for (name, asked), each in self._lanes.items():
+                each.name = f" of {name}" + (f" ({asked})" if asked else "")
+        return lane
+
+    def _open(self, model: str, tier: str | None, now: float) -> Lane:
+        known = [limit for limit in self._known if (limit.model, limit.tier) == (model, tier)]
+
+        def note(at: float, what: str) -> None:
+            if self._trace is not None:
+                self._trace(Decision(at, what + lane.name))
+
+        lane = Lane(Window(self._start, self.ceiling, now), self._rates, known, note, now)
+        return lane
+
+    def _from(self, lane: Lane, for_retries: float, now: float) -> Ticket | tuple[float, str]:
+        """The next request of a lane; or from when on one may go, inf where something must happen first, and why."""
+        if lane.out >= int(lane.window.size):
+            return inf, "capacity" + lane.name
+        down = lane.breaker.doubtful
+        if down and (probe := lane.breaker.ready(now, lane.out)) > now:
+            return max(probe, lane.waits_until), "outage"
+        if lane.waits_until > now:
+            return lane.waits_until, "the service's wait"
+        found = lane.next(now, for_retries)
+        if found is None:
+            ready, _, cost, _ = lane.again[0]
+            return max(ready, self._retries_at + cost - self._retries), "retries"
+        turn, cost = found
+        if self._budget is not None and not self._budget.affords(turn.request):
+            if not self._budget.skips(turn.request):
+                return inf, "budget"
+            lane.drop(turn)
+            self._waiting -= 1
+            return self._from(lane, for_retries, now) if lane.fresh or lane.again else (inf, "budget")
+        amounts = lane.amounts(turn)
+        size = len(turn.request.body)
+        if self._bytes + size > self._memory and self._bytes:
+            return inf, "memory"
+        if amounts[1] >= lane.quota.fits and (exceeds := lane.quota.exceeded(amounts)):
+            lane.drop(turn)
+            self._waiting -= 1
+            self.in_flight += turn.attempt > 1  # a row that was never sent takes no place
+            return Ticket(turn, now, amounts[1], amounts[2], 0.0, False, (0.0, 0.0, 0.0), exceeds)
+        at, what = lane.quota.ready(amounts, now)
+        if at > now:
+            return at, what + lane.name
+        lane.drop(turn)
+        self._waiting -= 1
+        self._retries -= cost
+        marks = lane.quota.charge(amounts, now)
+        if self._budget is not None:
+            self._budget.lease(turn)
+        lane.out += 1
+        self._bytes += size
+        self.sent += 1
+        self.in_flight += 1
+        if self.in_flight >= self.ceiling:
+            self._bind(self._at_ceiling, now)  # every worker is out now, and nobody will ask
+        lane.breaker.sent(now)
+        if down:
+            for other in self._order:  # one probe at a time, whatever the model
+                if other.breaker.open_since is not None:
+                    other.breaker.sent(now)
+        return Ticket(turn, now, amounts[1], amounts[2], cost, down, marks)
 
     def _bind(self, what: str, now: float) -> None:
         """From now on this holds requests back; until now it was what was said last."""
@@ -271,51 +335,10 @@ class Dispatcher:
         self._bound_since = now
 
     def _full(self) -> str:
-        return self._at_ceiling if int(self.window.size) >= self.window.ceiling else "capacity"
+        return self._at_ceiling if self.window_size >= self.ceiling else "capacity"
 
-    def _refused(self, failure: Failure, ticket: Ticket, now: float) -> None:
-        """A quota is used up: block what the refusal names, as long as it says; everything when it names nothing."""
-        named = [limit for limit in failure.limits if limit.remaining is None or limit.remaining <= 0]
-        if ticket.sent >= self._refused_at:  # what was in flight together is refused together, and counts once
-            self._refused_at = now
-            self._refusals = min(self._refusals + 1, 10)
-            if not ticket.turn.request.output_tokens and any(limit.resource != "requests" for limit in named):
-                # More is reserved for an answer without a cap than was charged here: refusals teach how much.
-                self._reserved = min(2 * max(self._reserved, self._output_guess), MOST_RESERVED)
-        guessed = self._refused_at + min(30.0, 0.5 * 2.0**self._refusals)
-        stated = None if failure.retry_after is None else now + min(failure.retry_after, 86400.0)
-        for limit in named:
-            until = guessed if stated is None else stated
-            if limit.reset is not None and limit.reset == failure.retry_after:
-                # No Retry-After, but the moment when all is there again: a minute's bucket has something before that.
-                until = min(until, guessed) if limit.window <= 60 else until
-            self._their(limit, now).block(until)
-        if not named:
-            self.pause(guessed if stated is None else stated, "the service's wait")
-
-    def _their(self, limit: Limit, now: float) -> Bucket:
-        key = (limit.resource, limit.window)
-        if key not in self._theirs:
-            per = {1.0: "second", 60.0: "minute", 3600.0: "hour", 86400.0: "day"}.get(limit.window, "window")
-            name = f"{limit.resource.replace('_', ' ')} per {per}"
-            self._theirs[key] = Bucket(name, None, limit.limit or 0.0, now)
-        return self._theirs[key]
-
-    def _buckets(self) -> list[tuple[str, Bucket]]:
-        return self._own + [(resource, bucket) for (resource, _), bucket in self._theirs.items()]
-
-    def _estimate(self, turn: Turn) -> float:
-        request = turn.request
-        return self._prompt_ratio * request.prompt_tokens + (
-            request.output_tokens or max(self._output_guess, self._reserved)
-        )
-
-    def _affords(self, cost: float, now: float) -> bool:
+    def _for_retries(self, now: float) -> float:
+        """What there is for retries."""
         self._retries = min(RETRY_BUDGET, self._retries + now - self._retries_at)
         self._retries_at = now
-        return self._retries >= cost - 1e-9
-
-
-def _charge(resource: str, tokens: float, uncached: float) -> float:
-    """What a request takes from a bucket of this resource."""
-    return 1.0 if resource == "requests" else uncached if resource == "uncached_tokens" else tokens
+        return self._retries + 1e-9

@@ -1,0 +1,142 @@
+"""All that is decided for one model and tier by itself: its rows, its quota, its window, its outages."""
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from batcher.records import Failure, Kind, KnownLimit, Limit, Turn, Usage
+from batcher.schedule.capacity import Breaker, Window
+from batcher.schedule.learning import Sizes
+from batcher.schedule.quota import Amounts, Quota
+
+CONGESTION = {Kind.OVERLOADED, Kind.UNAVAILABLE, Kind.DISCONNECTED, Kind.TIMEOUT, Kind.REQUEST_TIMEOUT}
+_UNREACHABLE = {Kind.CONNECTION, Kind.CONNECT_TIMEOUT, Kind.DNS}
+_LOST = {*_UNREACHABLE, Kind.UNAVAILABLE, Kind.DISCONNECTED, Kind.TIMEOUT, Kind.REQUEST_TIMEOUT}
+_BROKEN = {*_LOST, Kind.SERVER_ERROR}
+_TELLS_NOTHING = {Kind.STALE_CONNECTION, Kind.LOCAL_RESOURCES}
+"""Failures from which nobody learns whether the service answers."""
+_ASKED_TO_WAIT = {Kind.RATE_LIMITED, Kind.DAY_QUOTA}
+_NOT_CONSUMED = {*_UNREACHABLE, Kind.RATE_LIMITED, Kind.OVERLOADED, Kind.DAY_QUOTA, Kind.LOCAL_RESOURCES}
+
+
+class Lane:
+    """Rows of one model and tier in the order in which they go, and what holds them back."""
+
+    def __init__(
+        self,
+        window: Window,
+        own: Sequence[float | None],
+        known: Sequence[KnownLimit],
+        note: Callable[[float, str], None],
+        now: float,
+    ) -> None:
+        """`own` are the job's rates, `known` are limits from before; `note` is told what is decided, and when."""
+        self.window = window
+        self.breaker = Breaker()
+        self.quota = Quota(own, known, note, now)
+        self.sizes = Sizes()
+        self.fresh: deque[Turn] = deque()
+        self.again: list[tuple[float, int, float, Turn]] = []
+        """A heap by when they are ready; then in order; with what each draws from the retry budget."""
+        self.out = 0
+        """Requests of which nothing has come yet."""
+        self.name = ""
+        """What is put behind the names of its limits where there are several models."""
+        self.waits_until = now
+        self._good = self.window.size
+        self._note = note
+
+    def amounts(self, turn: Turn) -> Amounts:
+        """What a request is charged before it is known what it takes."""
+        tokens, uncached = self.sizes.estimate(turn.request)
+        return 1.0, tokens, uncached
+
+    def push(self, turn: Turn, order: int, cost: float) -> None:
+        """A row that is to be asked again."""
+        heapq.heappush(self.again, (turn.ready, order, cost, turn))
+
+    def next(self, now: float, budget: float) -> tuple[Turn, float] | None:
+        """The row that goes next and what it draws from the retry budget; None where none may yet.
+
+        Rows that are asked again go first, but for the probes of an outage: those are made by rows that have not
+        failed yet, so that an outage uses up nobody's attempts.
+        """
+        spared = self.fresh and self.breaker.doubtful
+        if self.again and self.again[0][0] <= now and self.again[0][2] <= budget and not spared:
+            _, _, cost, turn = self.again[0]
+            return turn, cost
+        return (self.fresh[0], 0.0) if self.fresh else None
+
+    def drop(self, turn: Turn) -> None:
+        """The row that was next is on its way."""
+        if self.fresh and self.fresh[0] is turn:
+            self.fresh.popleft()
+        else:
+            heapq.heappop(self.again)
+
+    def answered(
+        self, turn: Turn, amounts: Amounts, usage: Usage, queue_time: float | None, sent: float, now: float
+    ) -> None:
+        """An answer came: settle what it used, let the window grow."""
+        before = self.window.size
+        self.window.answered(self.out, queue_time, now, now - sent)
+        if self.window.size < before:
+            self._note(now, f"window {before:.0f} to {self.window.size:.0f}: requests queue")
+        self.quota.answered()
+        if self.breaker.observe(False, self.out, now, sent=sent):
+            self._back(now)
+        self.out -= 1
+        prompt, completion = usage.prompt_tokens, usage.completion_tokens
+        if prompt is not None and completion is not None:
+            self.sizes.answered(turn.request, prompt, completion, usage.cached_tokens or 0)
+            used = prompt + completion
+            self.quota.settle((0.0, amounts[1] - used, amounts[2] - used + (usage.cached_tokens or 0)), now)
+
+    def failed(self, failure: Failure, turn: Turn, amounts: Amounts, sent: float, marks: Amounts, now: float) -> None:
+        """A request failed: give back what it did not use, and slow down as it says."""
+        kind, before = failure.kind, self.window.size
+        # What went before an outage was over and is lost now, was lost to the outage.
+        late = sent < self.breaker.closed_at
+        if not self.breaker.doubtful:
+            self._good = before
+        if kind is Kind.LOCAL_RESOURCES:
+            self.window.congested(sent, now, 0.5)
+        elif kind in CONGESTION and self.breaker.open_since is None and not late:
+            self.window.congested(sent, now)
+        if self.window.size < before:
+            self._note(now, f"window {before:.0f} to {self.window.size:.0f}: {kind}")
+        if late and kind in _BROKEN:
+            self.window.given_up()
+        elif kind not in _TELLS_NOTHING:
+            self._observe(kind in _BROKEN, kind, sent, now)
+        self.out -= 1
+        if kind in _NOT_CONSUMED:
+            self.quota.give_back(amounts, now)
+        self.quota.told(failure.limits, sent, marks, now)
+        if kind in _ASKED_TO_WAIT:
+            if not turn.request.output_tokens and self.quota.first(sent) and _names_tokens(failure.limits):
+                self.sizes.refused()
+            until = self.quota.refused(failure, amounts, sent, marks, now)
+            self.waits_until = max(self.waits_until, until)
+        elif failure.retry_after is not None and kind in CONGESTION:
+            seconds = min(failure.retry_after, 3600.0)
+            self.waits_until = max(self.waits_until, now + seconds)
+            self._note(now, f"all wait for {seconds:.0f} s: {kind}")
+
+    def _observe(self, broken: bool, kind: Kind, sent: float, now: float) -> None:
+        """Tell the breaker how an attempt failed."""
+        opened = self.breaker.open_since
+        out_of = 0 if kind in _UNREACHABLE else self.out
+        if self.breaker.observe(broken, out_of, now, kind in _LOST, sent):
+            self._back(now)
+        elif opened is None and self.breaker.open_since is not None:
+            self._note(now, f"an outage begins: {kind}")
+
+    def _back(self, now: float) -> None:
+        self.window.restart(self._good, self.out - 1, now)
+        self._note(now, "the outage is over")
+
+
+def _names_tokens(limits: Sequence[Limit]) -> bool:
+    """Whether a refusal is for want of tokens."""
+    return any(limit.resource != "requests" and not limit.remaining for limit in limits)
