@@ -149,7 +149,9 @@ class Kills:
         with process:
             deadline = time.monotonic() + 60
             while len(self.service.book) - seen < after_requests and process.poll() is None:
-                assert time.monotonic() < deadline, "the run does not get on"
+                if time.monotonic() >= deadline:
+                    process.kill()
+                    raise AssertionError("the run does not get on")
                 time.sleep(0.002)
             if drained:
                 process.terminate()

@@ -128,3 +128,14 @@ def test_the_next_run_knows_what_this_one_learned(tmp_path: Path) -> None:
     assert second.front is not None
     assert len(second.front.book) >= 120
     assert sum(entry.status == 429 for entry in second.front.book) <= 2
+
+
+def test_a_stray_refusal_holds_a_run_back_for_a_while_only(tmp_path: Path) -> None:
+    """A service without limits refuses a request in 200 for no reason, one of the first too: the rate grows again."""
+    told = play(tmp_path, rows(1000), {"requests_per_minute": None, "faults": {"429": 0.005}, "seed": 3}, {})
+    assert isinstance(told.ended, Summary)
+    assert told.ended.totals.answered == 1000
+    assert told.front is not None
+    refused = [entry.arrived for entry in told.front.book if entry.status == 429]
+    assert refused[0] < 10.0, "none of the first was refused"
+    assert told.seconds < 300.0

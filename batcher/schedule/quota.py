@@ -146,7 +146,7 @@ class Bucket:
         if now > self.updated:
             self._refill(now)
         self.promised = False
-        if self.learned is not None and self.level >= self.capacity:
+        if self.learned is not None and self.level >= self.capacity > cost:
             self.learned.rested(self.flow.spent - cost, self.window, now)
         if self.rate is not None:
             self.level -= cost
