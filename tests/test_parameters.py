@@ -219,7 +219,8 @@ def book() -> Iterator[Book]:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            requests.append((self.path, dict(self.headers), body))
+            headers = {name.lower(): value for name, value in self.headers.items()}  # in any case, says RFC 9110
+            requests.append((self.path, headers, body))
             given = json.loads(body)
             chat = "messages" in given
             said = {"message": {"role": "assistant", "content": '{"a":"x"}'}} if chat else {"text": "x"}
