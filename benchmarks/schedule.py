@@ -226,7 +226,7 @@ CASES: Mapping[str, Case] = {
 PLOTS: Mapping[str, tuple[str, str | None, Mapping[float, str]]] = {
     "token-bound": ("Token-bound: 1M uncached tokens a minute", UNCACHED, {}),
     "limit-halved": ("All limits halved in mid-run", UNCACHED, {CHANGE: "halved"}),
-    "outage-503": ("Five minutes of 503", UNCACHED, {START: "503", STOP: "well again"}),
+    "outage-refused": ("Five minutes without connections", UNCACHED, {START: "refused", STOP: "well again"}),
     "capacity": ("Room for 200 at once, no quota", None, {}),
 }
 """Title, bucket, and marks in time."""
