@@ -56,14 +56,15 @@ def dispatcher(rounds: int = 200_000, times: int = 7) -> list[Answer]:
     gc.collect()
     gc.disable()
     try:
-        costs = Spread.of([seconds(rounds) / rounds * 1e6 for _ in range(times)])
+        runs = [seconds(rounds) / rounds * 1e6 for _ in range(times)]
     finally:
         gc.enable()
+    costs = Spread.of(runs)
     return [
         Answer(
             f"the dispatcher's own CPU per request, {IN_FLIGHT:,} in flight",
             "10 µs",
             "",
-            f"{costs.median:.1f} µs ({costs.low:.1f} to {costs.high:.1f}), {times} runs",
+            f"{costs.median:.1f} µs ({costs.low:.1f} to {costs.high:.1f}), quickest of {times} runs {min(runs):.1f}",
         )
     ]
