@@ -346,9 +346,9 @@ def schedule(names: Sequence[str], seeds: int, path: str | None, clients: Sequen
     """Print what each case comes to for each of the clients; whether the worst seed of ours meets every bar."""
     path = found(path)
     print(f"lengths: {Path(path).name if path else f'generated, for {LENGTHS} is absent'}; {seeds} seeds", flush=True)
-    row = "| " + " | ".join(["{:22}", "{:38}", "{:>7}", "{:4}", *["{:>17}"] * len(clients)]) + " |"
+    row = "| " + " | ".join(["{:23}", "{:39}", "{:>7}", "{:4}", *["{:>17}"] * len(clients)]) + " |"
     print(row.format("case", "figure", "must", "", *clients))
-    print(row.format("-" * 22, "-" * 38, "-" * 7, "-" * 4, *["-" * 17] * len(clients)), flush=True)
+    print(row.format("-" * 23, "-" * 39, "-" * 7, "-" * 4, *["-" * 17] * len(clients)), flush=True)
     good = True
     with ProcessPoolExecutor(len(CORES)) as pool:
         runs = {
