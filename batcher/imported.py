@@ -37,7 +37,7 @@ def imported(reference: str, folder: Path) -> Iterator[object]:
     try:
         try:
             found: object = importlib.import_module(module)
-        except Exception as error:  # whatever the module does
+        except (Exception, SystemExit) as error:  # whatever the module does
             raise JobError(f"{module} cannot be imported: {_said(error)}") from None
         try:
             found = reduce(getattr, name.split("."), found)
@@ -70,5 +70,5 @@ def _within(module: str, top: str) -> bool:
     return module == top or module.startswith(f"{top}.")
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

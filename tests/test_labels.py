@@ -157,6 +157,7 @@ def test_a_module_is_read_anew(folder: Path) -> None:
             "nowhere_at_all cannot be imported: ModuleNotFoundError: No module named 'nowhere_at_all'",
         ),
         ("broken_here:T", "broken_here cannot be imported: ZeroDivisionError: division by zero"),
+        ("ending_here:T", "ending_here cannot be imported: SystemExit: 3"),
         ("labels_here:Nope", "the module labels_here has no Nope"),
         ("labels_here:Odd", "labels_here:Odd has no JSON Schema: TypeError: "),
     ],
@@ -164,6 +165,7 @@ def test_a_module_is_read_anew(folder: Path) -> None:
 def test_what_is_no_type_is_said(folder: Path, reference: str, expected: str) -> None:
     """Whatever is wrong with a type, it is one line."""
     (folder / "broken_here.py").write_text("1 / 0\n")
+    (folder / "ending_here.py").write_text("import sys\nsys.exit(3)\n")
     with pytest.raises(JobError) as refused:
         json_schema(reference, folder)
     assert str(refused.value)[: len(expected)] == expected
