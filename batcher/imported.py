@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from functools import reduce
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 import msgspec
+from msgspec import inspect
 
 from batcher.errors import JobError
 
@@ -57,6 +59,8 @@ def json_schema(reference: str, folder: Path) -> dict[str, object]:
         try:
             own = getattr(kind, "model_json_schema", None)  # a pydantic model
             made = msgspec.json.schema(kind) if own is None else own()
+            if own is None:
+                _note_moments(inspect.type_info(kind), made, made, set())
         except Exception as error:  # a type with what JSON Schema has no word for
             raise JobError(f"{reference} has no JSON Schema: {_said(error)}") from None
     if not isinstance(made, dict):
@@ -64,6 +68,35 @@ def json_schema(reference: str, folder: Path) -> dict[str, object]:
     if isinstance(named := made.get("$defs"), dict):  # msgspec has them in another order in each process
         made["$defs"] = dict(sorted(named.items()))
     return made
+
+
+def _note_moments(kind: Any, place: Any, root: dict[str, Any], done: set[str]) -> None:
+    """Give moments their `format`, which msgspec leaves out where a moment of Python may lack its offset.
+
+    `done` are the references that were followed. Unions of several types have no type of their own anyway.
+    """
+    reference = place.get("$ref")
+    if reference is not None:
+        if reference not in done:
+            done.add(reference)
+            _note_moments(kind, root["$defs"][reference.removeprefix("#/$defs/")], root, done)
+        return
+    match kind:
+        case inspect.Metadata():
+            _note_moments(kind.type, place, root, done)
+        case inspect.UnionType():
+            several = [each for each in kind.types if not isinstance(each, inspect.NoneType)]
+            for branch in place.get("anyOf", ()) if len(several) == 1 else ():
+                _note_moments(several[0], branch, root, done)
+        case inspect.DateTimeType() if kind.tz is not False:
+            place["format"] = "date-time"
+        case inspect.TimeType():
+            place["format"] = "time"
+        case inspect.ListType() | inspect.SetType() | inspect.FrozenSetType() | inspect.VarTupleType():
+            _note_moments(kind.item_type, place.get("items", {}), root, done)
+        case inspect.StructType() | inspect.DataclassType() | inspect.TypedDictType() if "properties" in place:
+            for field in kind.fields:
+                _note_moments(field.type, place["properties"][field.encode_name], root, done)
 
 
 def _within(module: str, top: str) -> bool:

@@ -121,6 +121,9 @@ def folder(tmp_path: Path) -> Path:
         "@dataclasses.dataclass\nclass Plain:\n    mood: Mood\n    day: typing.Optional[datetime.date] = None\n"
         "class Model(BaseModel):\n    mood: Mood\n    day: datetime.date | None = None\n"
         "    class Inner(BaseModel):\n        x: int\n"
+        "class Hours(msgspec.Struct, rename='camel'):\n    opens_at: datetime.time\n    closed: list[Plan] = []\n"
+        "@dataclasses.dataclass\nclass Plan:\n    name: str\n    mood: Mood\n    then: Plan | None = None\n"
+        "    seen: typing.Optional[list[datetime.datetime]] = None\n    at: datetime.datetime | int = 0\n"
         "class Odd:\n    x: complex\n"
     )
     (tmp_path / "kinds_here.py").write_text("import enum\nclass Mood(enum.Enum):\n    GOOD = 'good'\n    BAD = 'bad'\n")
@@ -136,6 +139,18 @@ def test_types_have_schemas(folder: Path, name: str) -> None:
     assert isinstance(parser.read('{"mood": "glad"}'), Misfit)
     assert "labels_here" not in sys.modules
     assert str(folder) not in sys.path
+
+
+def test_times_of_types_are_times(folder: Path) -> None:
+    """Also where Python's type says nothing about an offset: nested, in lists, optional, by another name."""
+    schema = json_schema("labels_here:Hours", folder)
+    parser = AnswerSchema(schema, "Hours")
+    moment = pa.timestamp("us", tz="UTC")
+    texts = {name: pa.string() for name in ("name", "mood", "then")}
+    closed = pa.struct({**texts, "seen": pa.list_(moment), "at": pa.string()})
+    assert parser.arrow_type == pa.struct({"opensAt": pa.time64("us"), "closed": pa.list_(closed)})
+    assert str(schema).count("'format': 'date-time'") == 1
+    assert isinstance(parser.read('{"opensAt": "noon"}'), Misfit)
 
 
 def test_a_module_is_read_anew(folder: Path) -> None:
