@@ -482,16 +482,24 @@ def _score(given: Mapping[str, object], origin: str) -> Score:
     if score.answer is None:
         return score
     if score.answer.startswith(REGEX):
-        try:
-            re.compile(score.answer.removeprefix(REGEX))
-        except (re.error, RecursionError, OverflowError) as error:
-            raise JobError(f"{origin}: score.answer: no regular expression: {error}") from None
+        _check_pattern(score.answer, f"{origin}: score.answer")
     elif not is_template(score.answer) and score.answer.split(".")[0] not in ANSWER:
         raise JobError(
             f"{origin}: score.answer: {', '.join(ANSWER)}, a field of parsed such as parsed.label, a template over "
             f"these, or regex:…, not {shown(score.answer)}"
         )
     return score
+
+
+def _check_pattern(given: str, where: str) -> None:
+    """Refuse what is no regular expression, and one whose last match is empty in every text, as that of `.*` is."""
+    try:
+        pattern = re.compile(given.removeprefix(REGEX))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise JobError(f"{where}: not a regular expression: {error}") from None
+    last = [pattern.match(text, len(text)) for text in ("a", "7", " ", ".", "\n")]
+    if all(found is not None and not found[1 if pattern.groups else 0] for found in last):
+        raise JobError(f"{where}: matches nothing at the end of any text, and the last match counts; say .+, not .*")
 
 
 def read_service(given: Mapping[str, object], origin: str) -> Service:
@@ -630,10 +638,7 @@ def _reading(given: Mapping[str, object], folder: Path, origin: str, texts: dict
     schema: dict[str, object] | None = None
     name = "answer"
     if isinstance(parse, str) and parse.startswith(REGEX):
-        try:
-            re.compile(parse.removeprefix(REGEX))
-        except (re.error, RecursionError, OverflowError) as error:
-            raise JobError(f"{origin}: request.parse: not a regular expression: {error}") from None
+        _check_pattern(parse, f"{origin}: request.parse")
     elif isinstance(parse, str) and is_reference(parse):
         try:
             if parse not in texts:

@@ -270,7 +270,9 @@ WRONG = [
         ["score.method: exact, number, choice", "or module:function", "did you mean exact?"],
     ),
     ("score", {"target": "label", "method": "mine.py:grade it"}, ["score.method: exact", "not 'mine.py:grade it'"]),
-    ("score", {"target": "label", "answer": "regex:("}, ["score.answer: no regular expression"]),
+    ("score", {"target": "label", "answer": "regex:("}, ["score.answer: not a regular expression"]),
+    ("score", {"target": "label", "answer": "regex:"}, ["score.answer: matches nothing at the end of any text"]),
+    ("request.parse", r"regex:(\d*)", ["request.parse: matches nothing at the end of any text", "say .+, not .*"]),
     ("score", {"target": "label", "answer": "label"}, ["score.answer: response, parsed, reasoning", "not 'label'"]),
     ("score", {"target": "label", "by": ["task"]}, ["score.by: a text"]),
 ]
