@@ -208,6 +208,8 @@ def test_every_form_says_the_same(tmp_path: Path) -> None:
     assert float(told["", "", "", "kappa"]) == found.overall.kappa
     assert told["", "a|b", "'=1+1", "confusion"] == "1"
     assert told["[y]", "'=1+1", "", "targets"] == "3"
+    signless = msgspec.structs.replace(found, overall=msgspec.structs.replace(found.overall, kappa=-1e-17))
+    assert "Cohen's kappa 0.0000" in as_text(signless, 80)
     text = as_text(found, 80)
     assert "accuracy      0.7143, 95 % interval 0.3589 to 0.9178 (Wilson)" in text
     assert all(len(line) <= 80 for line in text.splitlines())

@@ -176,7 +176,7 @@ def _name(group: str | None) -> str:
 
 
 def _rate(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+    return "–" if value is None else f"{value:z.4f}"  # a kappa of -1e-17 has no sign
 
 
 def _escaped(text: str) -> str:
