@@ -166,7 +166,7 @@ def render(plan: Plan) -> str:
         lines.insert(1, ("unsendable", share))
     if plan.unscored:
         position, why = plan.unscored[0]
-        share = f"{count(len(plan.unscored))} of {sample} have no target, the first is row {position}: {why}"
+        share = f"{count(len(plan.unscored))} of {sample} cannot be scored, the first is row {position}: {why}"
         lines.append(("score", share))
     if plan.twins is not None:
         lines.append(("dedupe", f"{count(plan.twins)} of {sample} make the request of a row before them: asked once"))

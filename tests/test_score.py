@@ -355,7 +355,7 @@ def test_the_plan_tells_of_rows_without_a_target(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("STORY_KEY", stories.KEY)
     with stories.service(latency=0.0) as service:
         planned = render(plan(load(write(tmp_path, service.url, ROWS, target="truth"))))
-        assert "score      10 of all rows have no target, the first is row 0: target: null" in planned
+        assert "score      10 of all rows cannot be scored, the first is row 0: target: null" in planned
         rows = [{**row, "truth": "?"} for row in ROWS]
         hopeless = write(tmp_path, service.url, rows, target="truth", method="number")
         said = r"score: no answer could be right: line 1 of .*rows.jsonl: number: the target is none: '\?'$"
