@@ -196,6 +196,18 @@ def test_groups_have_their_own_results(tmp_path: Path) -> None:
     assert (found.groups[2].low, found.groups[2].labels) == (None, None)
 
 
+def test_an_empty_text_is_seen(tmp_path: Path) -> None:
+    """A group or label that is an empty text is told from all rows, and from a column without a name."""
+    found = measure(
+        write(tmp_path, labelled({("", ""): 2, ("a", ""): 1, ("a", "a"): 1}), ["", "", "x", None], by="task")
+    )
+    told = [line[:4] for line in csv.reader(io.StringIO(as_csv(found)))]
+    assert len(told) == len({*map(tuple, told)})
+    assert ["(empty)", "(empty)", "(empty)", "confusion"] in told
+    assert "task (empty): labels" in as_text(found, 80)
+    assert "(null)" in as_markdown(found)
+
+
 def test_every_form_says_the_same(tmp_path: Path) -> None:
     """JSON and CSV to the last digit; tables as people read them, whatever the labels hold."""
     rows = labelled({("a|b", "a|b"): 3, ("=1+1", "a|b"): 1, ("=1+1", "=1+1"): 2, ("\x1b[1m", "=1+1"): 1})

@@ -15,7 +15,7 @@ from batcher.export import harmless
 from batcher.report import count, printable
 from batcher.results.measure import Measured, Scores
 
-_NULL = "(null)"
+_NULL, _EMPTY = "(null)", "(empty)"
 
 
 class _Table(NamedTuple):
@@ -70,7 +70,7 @@ def as_csv(scores: Scores) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(("group", "label", "answer", "measure", "value"))
-    groups = [("", scores.overall), *((_NULL if each.group is None else each.group, each) for each in scores.groups)]
+    groups = [("", scores.overall), *((_named(each.group), each) for each in scores.groups)]
     for group, measured in groups:
         for label, answer, name, value in _numbers(measured):
             writer.writerow((harmless(group), harmless(label), harmless(answer), name, value))
@@ -83,10 +83,10 @@ def _numbers(measured: Measured) -> Iterator[tuple[str, str, str, float | str | 
             yield "", "", name, getattr(measured, name)
     for label in measured.labels or ():
         for name in ("targets", "answers", "precision", "recall", "f1"):
-            yield label.label, "", name, getattr(label, name)
+            yield _named(label.label), "", name, getattr(label, name)
     for target, row in (measured.confusion or {}).items():
         for answer, rows in row.items():
-            yield target, answer, "confusion", rows
+            yield _named(target), _named(answer), "confusion", rows
 
 
 def _headline(scores: Scores) -> str:
@@ -134,7 +134,7 @@ def _tables(scores: Scores) -> Iterator[_Table]:
         (printable(scores.by), "answers", "failed", "accuracy", "from", "to", "with failed", "kappa", "macro F1"),
         [
             (
-                _name(each.group),
+                printable(_named(each.group)),
                 count(each.answered),
                 count(each.failed),
                 *map(_rate, (each.accuracy, each.low, each.high, each.accuracy_with_failed, each.kappa, each.macro_f1)),
@@ -143,7 +143,7 @@ def _tables(scores: Scores) -> Iterator[_Table]:
         ],
     )
     for each in scores.groups:
-        yield from _label_tables(f"{printable(scores.by)} {_name(each.group)}: ", each)
+        yield from _label_tables(f"{printable(scores.by)} {printable(_named(each.group))}: ", each)
 
 
 def _label_tables(of: str, measured: Measured) -> Iterator[_Table]:
@@ -155,7 +155,7 @@ def _label_tables(of: str, measured: Measured) -> Iterator[_Table]:
         ("label", "targets", "answers", "precision", "recall", "F1"),
         [
             (
-                printable(each.label),
+                printable(_named(each.label)),
                 count(each.targets),
                 count(each.answers),
                 *map(_rate, (each.precision, each.recall, each.f1)),
@@ -166,13 +166,14 @@ def _label_tables(of: str, measured: Measured) -> Iterator[_Table]:
     answers = next(iter(measured.confusion.values()))
     yield _Table(
         f"{of}confusion, targets by answers",
-        ("target", *map(printable, answers)),
-        [(printable(target), *map(count, row.values())) for target, row in measured.confusion.items()],
+        ("target", *(printable(_named(answer)) for answer in answers)),
+        [(printable(_named(target)), *map(count, row.values())) for target, row in measured.confusion.items()],
     )
 
 
-def _name(group: str | None) -> str:
-    return _NULL if group is None else printable(group)
+def _named(value: str | None) -> str:
+    """A group or a label as something to see; in CSV an empty one stands for all."""
+    return _NULL if value is None else value or _EMPTY
 
 
 def _rate(value: float | None) -> str:
