@@ -218,7 +218,9 @@ def test_a_type_is_asked_for_and_read(tmp_path: Path) -> None:
         (tmp_path / "kinds.py").unlink()
         said[2] = '{"mood": "bad", "day": "2026-02-28"}'
         sent = service.of(0)[0]["response_format"]["json_schema"]
-        assert (sent["name"], list(sent["schema"]["$defs"])) == ("Ticket", ["Mood", "Ticket"])
+        assert (sent["name"], sent["strict"], sent["schema"]["type"]) == ("Ticket", True, "object")
+        assert sent["schema"]["additionalProperties"] is False, "as strict mode wants it, whatever the service"
+        assert list(sent["schema"]["properties"]) == ["mood", "day"]
         (failure,) = result.failures().to_pylist()
         assert failure["message"] == '/day: not a date such as 2026-01-31: "2026-02-30"'
         result = batcher.retry(tmp_path / "out")

@@ -241,7 +241,10 @@ def _format(template: RequestTemplate, dialect: Dialect) -> tuple[Mapping[str, o
     note = doubts(template.parameters) if dialect.strict_subset else None
     if template.schema is None:
         return None, note
-    form, left = response_format(template.schema, template.schema_name, dialect.strict_subset)
+    reading = template.reading
+    # What is made from a type of Python nobody wrote for a service that takes more than strict mode.
+    made = reading.parse is not None and template.schema is reading.schema
+    form, left = response_format(template.schema, template.schema_name, dialect.strict_subset or made)
     return form, "; ".join(filter(None, (left, note))) or None
 
 
