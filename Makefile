@@ -9,7 +9,7 @@ quickstart: .venv/ready
 	$(BIN)/batcher results out/tickets
 
 test: .venv/ready-dev
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 3
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

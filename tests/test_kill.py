@@ -8,6 +8,8 @@ from batcher.ledger import open_read_only
 from tests import stories
 
 PART = 200
+STATED = {"requests_per_minute": 600_000}
+"""A service that says what it allows: where nobody does, a fault that looks like a limit makes a run slow."""
 STEPS = ("written", "synced", "renamed", "placed")
 POINTS = [
     *("commit.before", "commit.inside", "commit.after", "published.before", "complete.before"),
@@ -21,7 +23,7 @@ def kills(
     """A run over `rows` rows with a tenth of the answers faulty, killed `times` times, then left to end."""
     stories.write_jsonl(folder / "rows.jsonl", rows)
     faults = {**stories.FAULTS, "surrogate": 0.01}
-    with stories.service(latency=0.03, faults=faults, poison={"[row 00013]": 400}, seed=seed) as service:
+    with stories.service(**STATED, latency=0.03, faults=faults, poison={"[row 00013]": 400}, seed=seed) as service:
         more = {"service": {"transport": library}}
         job = stories.write_job(folder, service.url, in_flight=16, rows_per_part=part, more=more)
         story = stories.Kills(folder, service, job, in_flight=16, seed=seed)

@@ -29,8 +29,11 @@ BEYOND = [
     ("schedule.queue_threshold", "20ms"),
     ("schedule.queue_threshold", "21s"),
     ("score", {"target": "label", "answer": "regex:("}),
+    ("score", {"target": "label", "answer": "regex:"}),
+    ("request.parse", "regex:(\\d*)"),
 ]
-"""What a schema does not say: which texts are paths or expressions, which words are for later, how long a time is."""
+"""What a schema does not say: which texts are paths or expressions and what these find, which words are for later, how
+long a time is."""
 
 
 def documents() -> Iterator[tuple[str, dict[str, object]]]:

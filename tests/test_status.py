@@ -152,7 +152,7 @@ def test_adding_up_in_steps_is_adding_up_at_once(seconds: list[Second], cut: int
 def test_the_timeline_agrees_with_the_books(tmp_path: Path) -> None:
     """Over a run with faults: as many requests as the service saw, and the summary's bill."""
     stories.write_jsonl(tmp_path / "rows.jsonl", 150)
-    with stories.service(latency=0.1, faults=stories.FAULTS, seed=5) as service:
+    with stories.service(requests_per_minute=600_000, latency=0.1, faults=stories.FAULTS, seed=5) as service:
         job = batcher.load(stories.write_job(tmp_path, service.url))
         totals = batcher.run(job).summary.totals
         found = lines(tmp_path / "out" / "ledger.sqlite")
