@@ -188,6 +188,68 @@ def plan(job: _JobFile, settings: _Settings = None, limit: _Limit = None) -> Non
 
 
 @app.command()
+def rehearse(
+    job: _JobFile,
+    settings: _Settings = None,
+    limit: _Limit = None,
+    pilot: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Ask N rows first, into OUT.pilot-N: this is sent, and paid.", min=20),
+    ] = None,
+    earlier: Annotated[
+        str | None, typer.Option("--from", metavar="OUT", help="What an earlier run saw of the service.")
+    ] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="The service's limit.", min=1)] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="The same of all tokens.", min=1)] = None,
+    uncached_tokens_per_minute: Annotated[
+        int | None, typer.Option(help="The same of tokens that no cache has.", min=1)
+    ] = None,
+    completion_tokens: Annotated[int | None, typer.Option(help="The mean length of an answer.", min=1)] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Seconds that every answer takes before its tokens.", min=0)
+    ] = None,
+    completion_token: Annotated[float | None, typer.Option(help="Seconds that a token takes.", min=0)] = None,
+    capacity: Annotated[int | None, typer.Option(help="Requests that the service serves at once.", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it, as one JSON object.")] = False,
+) -> None:
+    """Forecast a job's duration and cost by running it against a model of its service; only --pilot sends anything.
+
+    What the service is like comes from --pilot or --from, and from flags, which come first.
+    """
+    import msgspec
+
+    import batcher
+    from batcher import rehearse as rehearsing
+
+    if pilot is not None and earlier is not None:
+        raise JobError("rehearse: --pilot or --from, not both")
+    asked = _load(job, settings, limit)
+    if pilot is not None:
+        first = rehearsing.piloted(asked, pilot)
+        progress = Progress(first.name)
+        try:
+            batcher.run(first, watch=progress.show)
+        finally:
+            progress.close()
+        earlier = str(_as_typed(first.results.folder) if first.results.folder else first.results)
+        _note(f"the pilot's answers are in {earlier}")
+    given = rehearsing.Given(
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        uncached_tokens_per_minute=uncached_tokens_per_minute,
+        completion_tokens=completion_tokens,
+        latency=latency,
+        completion_token=completion_token,
+        capacity=capacity,
+    )
+    made = rehearsing.rehearse(asked, None if earlier is None else rehearsing.observe(earlier), given)
+    if as_json:
+        _say(msgspec.json.format(msgspec.json.encode(made), indent=2).decode())
+    else:
+        _say(rehearsing.render(made))
+
+
+@app.command()
 def status(
     output: _Output,
     as_json: Annotated[bool, typer.Option("--json", help="All that is known, as one JSON object.")] = False,

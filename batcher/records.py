@@ -143,6 +143,8 @@ class KnownLimit(NamedTuple):
     window: float
     limit: float
     stated: bool
+    keeps: bool = False
+    """Whether what was reserved and not used seems to stay charged."""
 
 
 class Reply(NamedTuple):

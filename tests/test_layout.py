@@ -22,6 +22,7 @@ FLOORS = (
     {"engine", "export", "init", "verify"},
     {"plan", "results", "status"},
     {"simulator"},
+    {"rehearse"},
     {"__init__"},
     {"cli"},
     {"__main__"},

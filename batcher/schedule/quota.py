@@ -350,7 +350,9 @@ class Quota:
     def known(self, model: str, tier: str | None) -> list[KnownLimit]:
         """What was found out about the service's limits, to be remembered."""
         return [
-            KnownLimit("", model, tier, RESOURCES[bucket.which], bucket.window, bucket.limit, bucket.stated)
+            KnownLimit(
+                "", model, tier, RESOURCES[bucket.which], bucket.window, bucket.limit, bucket.stated, bucket.keeps
+            )
             for bucket in self._theirs.values()
             if bucket.limit and (bucket.stated or bucket.learned is not None)
         ]

@@ -1,0 +1,219 @@
+"""The stage: the real engine runs a job's rows against a model of its service, in virtual time."""
+
+import asyncio
+import os
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVarTuple, Unpack
+
+import msgspec
+
+from batcher import engine
+from batcher.access import Access
+from batcher.job import Job, from_document, parse_document
+from batcher.records import Failure, Reply, Request, Snapshot, Summary
+from batcher.simulator import Front, ModelTransport, Recorded, Settings, VirtualLoop
+
+_Ts = TypeVarTuple("_Ts")
+
+EPOCH = 1_790_000_000.0
+"""The Unix time at which every rehearsal begins."""
+DISK = 0.002
+"""Seconds that work on a thread takes: mostly, that the disk does."""
+TICK = 1e-6
+"""Seconds that a timer takes at least: who waits for the rest of a rounding error would wait for ever."""
+LONGEST = 400 * 86_400.0
+"""Virtual seconds after which a rehearsal is not gone on with."""
+_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+_NUMBER = 12
+"""Digits of a row's number in its prompt."""
+_SIMULATED = ("-second", "-minute")
+"""Limits that a rehearsal waits for; those of an hour or a day are reckoned with afterwards."""
+_TOKEN = 4
+"""Bytes of a token, as the simulator counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What the service is taken to be like. `ratio` is its prompt tokens for each estimated one, `cached` their share
+    that a cache has, `completions` are lengths of answers, each as likely as any other."""
+
+    settings: Mapping[str, Any]
+    completions: Sequence[int]
+    ratio: float = 1.0
+    cached: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What came of a rehearsal."""
+
+    summary: Summary
+    answered: tuple[float, ...]
+    """When each answer came, seconds from the beginning."""
+    held: Mapping[str, float]
+    """The share of the time in which each thing held requests back."""
+    peak: int
+    """Requests that were in flight at once."""
+    sent: int
+    prompt: float
+    """Tokens that a request took or reserved on average: of its prompt, without those that a cache had, and of its
+    answer as it was, and as its cap is; None where one had no cap."""
+    uncached: float
+    completion: float
+    cap: float | None
+
+
+class _Lengths(Recorded):
+    """An answer to every row, as long as the next of the lengths; the row's number ends its prompt."""
+
+    def __init__(self, completions: Sequence[int], seed: int) -> None:
+        super().__init__({})
+        self._completions = list(completions)
+        random.Random(seed).shuffle(self._completions)
+        self._of: dict[int, int] = {}
+
+    def find(self, prompt: str) -> tuple[str, ...]:
+        """The answer to a row's prompt."""
+        place = self._of.setdefault(int(prompt[-_NUMBER:]), len(self._of))
+        return ("yes " * max(1, self._completions[place % len(self._completions)]),)
+
+
+class _Clock(VirtualLoop):
+    """Virtual time in which every timer takes some."""
+
+    def call_at(
+        self, when: float, callback: Callable[[Unpack[_Ts]], object], *args: *_Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Have something done at a moment."""
+        return super().call_at(max(when, self.time() + TICK), callback, *args, context=context)
+
+
+class _Line:
+    """The way to the model: each request as one that takes as many tokens, of which only the sizes are real."""
+
+    name = "none"
+
+    def __init__(self, inner: ModelTransport, front: Front, model: Model) -> None:
+        self._inner, self._front, self._model = inner, front, model
+        self._now = asyncio.get_running_loop().time
+        self.answered: list[float] = []
+        self.prompts = self.caps = self.sent = 0
+        self.capped = True
+
+    async def send(self, request: Request) -> Reply | Failure:
+        """Ask once."""
+        tokens = max(_NUMBER, round(self._model.ratio * request.prompt_tokens))
+        if request.model not in self._front.service.settings.models:
+            self._front.service.change(models=(*self._front.service.settings.models, request.model))
+        self.sent += 1
+        self.prompts += tokens
+        self.caps += request.output_tokens
+        self.capped = self.capped and request.output_tokens > 0
+        result = await self._inner.send(msgspec.structs.replace(request, body=self._body(request, tokens)))
+        if isinstance(result, Reply):
+            self.answered.append(self._now())
+        return result
+
+    def _body(self, request: Request, tokens: int) -> bytes:
+        number = f"{request.row:0{_NUMBER}d}"
+        shared = "." * (_TOKEN * round(self._model.cached * tokens))
+        text = (shared + number).ljust(_TOKEN * tokens - _NUMBER, "-") + number
+        body: dict[str, object] = {"model": request.model}
+        if request.endpoint == "chat":
+            body["messages"] = [{"role": "user", "content": text}]
+        else:
+            body["prompt"] = text
+        if request.output_tokens > 0:
+            body["max_completion_tokens" if request.endpoint == "chat" else "max_tokens"] = request.output_tokens
+        if request.tier is not None:
+            body["service_tier"] = request.tier
+        return msgspec.json.encode(body)
+
+    async def get(self, path: str) -> Reply | Failure:
+        """Read what lies at a path."""
+        return await self._inner.get(path)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._inner.close()
+
+
+def bare(job: Job, rows: int, output: str, more: Mapping[str, Mapping[str, object]] | None = None) -> Job:
+    """The job over a sample of its rows (0: all), whose answers are only counted; `more` changes its sections."""
+    document = parse_document(job.document(), job.origin)
+    document.pop("score", None)
+    request, given = document.get("request", {}), document.setdefault("input", {})
+    for key in ("parse", "choices", "vote", "response_format"):
+        request.pop(key, None)
+    schedule = document.setdefault("schedule", {})
+    schedule.pop("budget_usd", None)
+    document.setdefault("retry", {}).pop("repair", None)
+    if rows:
+        given.pop("limit", None)
+        given["sample"] = rows
+    document["output"] = {"path": output, "keep": [], "rows_per_part": 5_000}
+    for section, values in (more or {}).items():
+        document.setdefault(section, {}).update(values)
+    return from_document(document, job.folder, job.origin, job.texts)
+
+
+def play(
+    job: Job,
+    model: Model,
+    rows: int,
+    seed: int,
+    more: Mapping[str, Mapping[str, object]] | None = None,
+) -> Played:
+    """Run a job over a sample of its rows (0: all) against a model; the same seed gives the same. Nothing is sent.
+
+    Raises what ends such a run: the errors of batcher.errors.
+    """
+    loop = _Clock(until=LONGEST, work=lambda: DISK)
+    state = random.getstate()
+    random.seed(seed)  # the jitter of waits
+    try:
+        with (
+            tempfile.TemporaryDirectory(dir=_MEMORY, prefix="batcher-rehearse-") as folder,
+            asyncio.Runner(loop_factory=lambda: loop) as runner,
+        ):
+            return runner.run(_play(bare(job, rows, str(Path(folder, "out")), more), model, seed))
+    finally:
+        random.setstate(state)
+
+
+async def _play(job: Job, model: Model, seed: int) -> Played:
+    now = asyncio.get_running_loop().time
+    way: Access = engine.prepare(job).access
+    answers = _Lengths(model.completions, seed)
+    settings = dict(model.settings)
+    limits = settings.get("limits", {})
+    settings["limits"] = {name: limit for name, limit in limits.items() if name.endswith(_SIMULATED)}
+    front = Front(Settings(answers=answers, seed=seed, **settings), now, EPOCH, record=False)
+    headers = {name.lower(): value for name, value in way.headers.items()}
+    transport = ModelTransport(front, "Bearer rehearsal", job.service.timeout, way.dialect.refusal, headers)
+    line = _Line(transport, front, model)
+    held: Counter[str] = Counter()
+
+    def watch(snapshot: Snapshot) -> None:
+        held[snapshot.binds] += 1
+
+    summary = await engine.run(job, transport=line, watch=watch)
+    totals, looks = summary.totals, max(1, held.total())
+    sent, done = max(1, line.sent), max(1, totals.answered)
+    return Played(
+        summary,
+        tuple(line.answered),
+        {what: number / looks for what, number in held.items()},
+        front.peak_in_flight,
+        line.sent,
+        line.prompts / sent,
+        line.prompts / sent - totals.cached_tokens / done,
+        totals.completion_tokens / done,
+        line.caps / sent if line.capped else None,
+    )
