@@ -12,12 +12,13 @@ from benchmarks.memory import memory
 from benchmarks.overhead import latency, overhead
 from benchmarks.parse import parse
 from benchmarks.payload import payload
+from benchmarks.rehearse import rehearsals
 from benchmarks.resume import resume
 from benchmarks.schedule import CASES, CLIENTS, plots, schedule, sockets
 from benchmarks.transport import transport
 
 QUESTIONS = (
-    *("overhead", "latency", "memory", "large", "resume", "payload", "parse", "transport", "budget"),
+    *("overhead", "latency", "memory", "large", "resume", "payload", "parse", "transport", "budget", "rehearse"),
     *("dispatcher", "schedule"),
 )
 
@@ -75,6 +76,8 @@ def main() -> None:
         answers += transport(arguments.pairs, sizes=(5_000, 25_000))
     if arguments.question in (None, "budget"):
         answers += budget(arguments.seeds)
+    if arguments.question in (None, "rehearse"):
+        answers += rehearsals()
     show(answers)
     if arguments.question in (None, "dispatcher"):
         answers += dispatcher()

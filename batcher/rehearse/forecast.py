@@ -112,7 +112,7 @@ def rehearse(job: Job, seen: Observed | None, given: Given) -> Forecast:
         _bounds(model.completions, rows) if seen and given.completion_tokens is None else (model.completions,) * 2
     )
     runs = [
-        _Outlook.of(play(job, replace(model, completions=lengths), sampled, seed), job, model, size, rows)
+        Outlook.of(play(job, replace(model, completions=lengths), sampled, seed), job, model, size, rows)
         for seed, lengths in enumerate((model.completions, low, high))
     ]
     middle = runs[0]
@@ -263,7 +263,7 @@ def _around(values: list[float]) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Outlook:
+class Outlook:
     """What a rehearsed run says of all rows."""
 
     played: Played
@@ -271,7 +271,7 @@ class _Outlook:
     cost: float | None
 
     @classmethod
-    def of(cls, played: Played, job: Job, model: Model, size: int, rows: int) -> "_Outlook":
+    def of(cls, played: Played, job: Job, model: Model, size: int, rows: int) -> "Outlook":
         """What became of `size` rows, gone on with to all of them."""
         seconds = played.summary.seconds
         flows = list(_flows(played, job, model, size))
@@ -279,7 +279,7 @@ class _Outlook:
             came = sorted(played.answered)
             first, last = (came[int(share * (len(came) - 1))] for share in (_BEGUN, _ENDING))
             rate = (_ENDING - _BEGUN) * size / max(1e-3, last - first)
-            seconds += (rows - size) / min([rate, *(flow / amount for amount, flow, _ in flows)])
+            seconds += (rows - size) / rate
         # A sample may live on what is in full buckets, and a day's are not simulated at all.
         seconds = max([seconds, *((rows * amount - level) / flow for amount, flow, level in flows)])
         cost = played.summary.totals.cost_usd
@@ -322,14 +322,14 @@ def _flows(played: Played, job: Job, model: Model, size: int) -> Iterator[tuple[
             yield amount, own / 60, 0.0
 
 
-def _changes(job: Job, model: Model, middle: _Outlook, size: int, rows: int) -> Iterator[Change]:
+def _changes(job: Job, model: Model, middle: Outlook, size: int, rows: int) -> Iterator[Change]:
     """What the one or two settings that could matter would come to, by rehearsing them too."""
     binds = next((what for what, _ in middle.binds if what not in _IDLE), "")
     sampled = 0 if size == rows else size
 
     def changed(what: str, model: Model, more: Mapping[str, Mapping[str, object]] | None = None) -> Change:
         other = bare(job, 0, job.output.path, more) if more else job
-        outlook = _Outlook.of(play(job, model, sampled, 0, more=more), other, model, size, rows)
+        outlook = Outlook.of(play(job, model, sampled, 0, more=more), other, model, size, rows)
         return Change(what, outlook.seconds, outlook.cost)
 
     rate = next((name for word, name in _RATES.items() if binds.startswith(word)), None)

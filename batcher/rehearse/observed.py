@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, combinations
+from itertools import accumulate, combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def observe(output: str) -> Observed:
         faults=_faults(attempts, len(answers)),
         capacity=_capacity(answers),
         queue_limit=_queue_limit(attempts),
-        peak=_together(attempts, from_service=False),
+        peak=_together(attempts),
         limits=note.limits if note else (),
         input=job.get("input", {}).get("path"),
     )
@@ -167,8 +167,27 @@ def _faults(attempts: Sequence[dict[str, Any]], answers: int) -> dict[str, float
 
 
 def _capacity(answers: Sequence[dict[str, Any]]) -> int | None:
-    queued = [one for one in answers if (one["queue_time"] or 0.0) > QUEUED]
-    return _together(answers, from_service=True) if len(queued) >= LEAST / 4 else None
+    """How many were served at once for most of the time in which others queued: what sockets add blurs the edges."""
+    changes: list[tuple[float, int, int]] = []
+    queued = 0
+    for one in answers:
+        sent, waited = one["sent_at"].timestamp(), one["queue_time"] or 0.0
+        if waited > QUEUED:
+            changes += [(sent, 0, 1), (sent + waited, 1, -1)]
+            queued += 1
+        else:
+            changes.append((sent, 1, 0))
+        changes.append((sent + one["latency"], -1, 0))
+    if queued < LEAST / 4:
+        return None
+    changes.sort()
+    serving = waiting = 0
+    times: Counter[int] = Counter()
+    for (at, served, began), (then, _, _) in pairwise(changes):
+        serving, waiting = serving + served, waiting + began
+        if waiting:
+            times[serving] += round((then - at) * 1e6)
+    return max(1, max(times, key=times.__getitem__, default=1))
 
 
 def _queue_limit(attempts: Sequence[dict[str, Any]]) -> float | None:
@@ -177,11 +196,8 @@ def _queue_limit(attempts: Sequence[dict[str, Any]]) -> float | None:
     return max((one["queue_time"] or 0.0 for one in attempts), default=0.0)
 
 
-def _together(attempts: Sequence[dict[str, Any]], *, from_service: bool) -> int:
-    """How many were under way at once, queueing included or from when they were served."""
-    changes: list[tuple[float, int]] = []
-    for one in attempts:
-        sent = one["sent_at"].timestamp()
-        changes.append((sent + ((one["queue_time"] or 0.0) if from_service else 0.0), 1))
-        changes.append((sent + one["latency"], -1))
+def _together(attempts: Sequence[dict[str, Any]]) -> int:
+    """How many were under way at once."""
+    changes = [(one["sent_at"].timestamp(), 1) for one in attempts]
+    changes += [(one["sent_at"].timestamp() + one["latency"], -1) for one in attempts]
     return max(accumulate(step for _, step in sorted(changes)), default=0)
