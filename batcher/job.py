@@ -142,7 +142,13 @@ class RequestTemplate(Struct, frozen=True, kw_only=True):
     schema_name: str = "answer"
     reading: Reading = Reading()
 
+    @property
+    def learned_cap(self) -> str | None:
+        """The parameter whose value is learned from the lengths of answers, where the job says so."""
+        return next((name for name in _CAPS if self.parameters.get(name) == "auto"), None)
 
+
+_CAPS = ("max_completion_tokens", "max_tokens")
 REGEX = "regex:"
 READING = ("parse", "choices", "vote")
 """Keys of `[request]` that are not sent: they say how answers are read."""
@@ -157,7 +163,6 @@ _LATER = {
 }
 _LATER_VALUES = {
     ("request", "prompt_cache_key"): ("auto",),
-    ("request", "max_completion_tokens"): ("auto",),
 }
 _SECTIONS: dict[str, type[Struct]] = {
     "input": Input,
@@ -616,7 +621,9 @@ def _request(
     if "model" not in values:
         raise JobError(f"{origin}: request.model is missing")
     for key, value in values.items():
-        if wrong := misfit_given(endpoint, key, value):
+        if key in _CAPS and value == "auto":
+            _check_learned(key, values, origin)
+        elif wrong := misfit_given(endpoint, key, value):
             raise JobError(f"{origin}: request.{wrong}")
         if not _is_json(value):
             raise JobError(f"{origin}: request.{key}: JSON has no infinity and no nan")
@@ -630,6 +637,16 @@ def _request(
         schema_name=schema_name,
         reading=reading,
     )
+
+
+def _check_learned(key: str, values: Mapping[str, object], origin: str) -> None:
+    """Refuse what a learned output cap does not go with."""
+    for other in ("n", "best_of"):
+        if values.get(other, 1) != 1:
+            raise JobError(f'{origin}: request.{key} = "auto": only with one answer to a request, so not with {other}')
+    for other in ("min_completion_tokens", "min_tokens"):
+        if values.get(other, 0) != 0:
+            raise JobError(f'{origin}: request.{key} = "auto": not with {other}')
 
 
 def _reading(given: Mapping[str, object], folder: Path, origin: str, texts: dict[str, str]) -> Reading:

@@ -204,13 +204,13 @@ class Ledger:
             ):
                 yield _decode_attempt(record)
 
-    def unfit(self, unit: int, start: int, stop: int) -> dict[int, Attempt]:
-        """Of the rows of [start, stop) the last answers that did not fit and are to be asked for again."""
+    def unfit(self, unit: int, start: int, stop: int, kind: Kind) -> dict[int, Attempt]:
+        """Of the rows of [start, stop) the last answers that were unfit in this way and are to be asked for again."""
         with self._open() as db:
             rows = db.execute(
                 "SELECT row, record FROM attempts WHERE unit = ? AND row >= ? AND row < ? AND outcome = ? AND kind = ?"
                 " ORDER BY row, attempt",
-                (unit, start, stop, Outcome.AGAIN, Kind.INVALID_OUTPUT),
+                (unit, start, stop, Outcome.AGAIN, kind),
             ).fetchall()
             return {row: _decode_attempt(record) for row, record in rows}
 

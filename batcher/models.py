@@ -52,15 +52,17 @@ class Model(msgspec.Struct, kw_only=True):
     capabilities: tuple[str, ...] = ()
 
 
-async def unknown(transport: Transport, name: str) -> ServiceError | None:
-    """What to say when a service does not have a model; None when it has, or does not tell.
+async def described(transport: Transport, name: str) -> Model | ServiceError | None:
+    """A model as the service's list has it; what to say when it does not have it; None when it does not tell.
 
     A list may lack what can be asked all the same (aliases, wildcards, models that a server loads when they are asked),
     so the service itself has to say that there is no such model.
     """
     listed = _read(await transport.get("/models"))
-    if isinstance(listed, Failure) or any(model.id == name for model in listed):
+    if isinstance(listed, Failure):
         return None
+    if (found := next((model for model in listed if model.id == name), None)) is not None:
+        return found
     told = await transport.get(_path(name))
     return _missing(name, listed) if isinstance(told, Failure) and told.kind is Kind.MODEL_NOT_FOUND else None
 

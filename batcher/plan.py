@@ -53,6 +53,8 @@ class Plan:
     unscored: tuple[tuple[int, str], ...]
     """Rows of the sample to which no answer could be right, and why; none where nothing is scored."""
     prompt_tokens: int
+    learned_cap: bool
+    """Whether the cap on answers is learned."""
     output_tokens: int | None
     """The most that the answers can have; None where the job sets no cap."""
     prompt_cost: float | None
@@ -95,8 +97,9 @@ def plan(job: Job) -> Plan:
     )
     left = (rows - done) * len(requests) / max(1, len(sample))
     prompt = _mean([request.prompt_tokens for request in requests])
-    output = _mean([request.output_tokens for request in requests])
-    capped = all(request.output_tokens for request in requests)
+    learned = job.request.learned_cap is not None
+    output = None if learned else _mean([request.output_tokens for request in requests])
+    capped = not learned and all(request.output_tokens for request in requests)
     prompt_cost = _mean([prepared.price(each.model, each.prompt_tokens, 0, 0, each.tier) for each in requests])
     output_cost = _mean([prepared.price(each.model, 0, 0, each.output_tokens, each.tier) for each in requests])
     models = {request.model for request in requests}
@@ -113,6 +116,7 @@ def plan(job: Job) -> Plan:
         unsendable=unsendable,
         unscored=without_target,
         prompt_tokens=round(left * (prompt or 0.0)),
+        learned_cap=learned,
         output_tokens=round(left * (output or 0.0)) if capped else None,
         prompt_cost=None if prompt_cost is None else left * prompt_cost,
         output_cost=left * output_cost if capped and output_cost is not None else None,
@@ -140,11 +144,14 @@ def render(plan: Plan) -> str:
     if plan.done:
         rows += f", {count(plan.done)} of them done by an earlier run; what follows is for the {count(left)} left"
     sample = f"the first {count(plan.sampled)} rows" if plan.sampled < plan.rows else "all rows"
-    output = "no cap in the job" if plan.output_tokens is None else f"at most {count(plan.output_tokens)}"
+    output = "their cap is learned" if plan.learned_cap else "no cap in the job"
+    if plan.output_tokens is not None:
+        output = f"at most {count(plan.output_tokens)}"
     if plan.prompt_cost is None:
         cost = money(None)
     elif plan.output_cost is None:
-        cost = f"{money(plan.prompt_cost)} for the prompts, and the answers have no cap; {plan.prices}"
+        answers = "the cap of answers is learned" if plan.learned_cap else "the answers have no cap"
+        cost = f"{money(plan.prompt_cost)} for the prompts, and {answers}; {plan.prices}"
     else:
         cost = (
             f"at most {money(plan.prompt_cost + plan.output_cost)}: "

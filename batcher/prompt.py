@@ -28,7 +28,7 @@ from batcher.parameters import (
     misfit_message,
     misfits,
 )
-from batcher.records import Failure, Kind, Request, Row
+from batcher.records import FIRST_CAP, Failure, Kind, Request, Row
 
 BYTES_PER_TOKEN = 4
 """English prose in common tokenizers; an estimate until the service has counted."""
@@ -68,6 +68,8 @@ class Composer:
             parameters["response_format"] = response_format
         if tier is not None:
             parameters["service_tier"] = tier
+        if template.learned_cap is not None:
+            parameters[template.learned_cap] = FIRST_CAP
         said = _NOTHING
         for name, value in parameters.items():
             # The words of the job's schema are the service's to read, not templates.
@@ -83,6 +85,9 @@ class Composer:
                 said = said.and_(_measured(name, value, encoded))
         self._said = said
         self._extra = {name: msgspec.Raw(_encode(value)) for name, value in template.extra.items()}
+        self._learned_cap = template.learned_cap
+        if template.learned_cap is not None:  # last in the body, so that another may be put in its place
+            self._extra[template.learned_cap] = self._fixed.pop(template.learned_cap)
         # What varies is checked row by row; of messages that do not vary as a whole, each by itself as it is rendered.
         varying = {name for name, _ in self._rendered}
         self._checked = {name for name in varying if name != "messages" or not _stand_alone(parameters[name])}
@@ -142,6 +147,8 @@ class Composer:
             return Failure(Kind.UNSENDABLE, str(error)[:300])
         except Exception as error:  # whatever a template of the job's author raises is this row's failure
             return Failure(Kind.UNSENDABLE, f"request.{name}: {error}"[:300])
+        if self._learned_cap is not None and said.prompts > 1:
+            return Failure(Kind.UNSENDABLE, f'request.{self._learned_cap} = "auto": only with one prompt in a request')
         return _request(row, unit, self._endpoint, self._known or _known(self._endpoint, given), body, said)
 
     def unserved(self, row: Row) -> str | None:

@@ -12,6 +12,9 @@ UNIT = 0
 """A plain job has one unit of rows; a sweep will have one per variant and sample."""
 
 
+FIRST_CAP = 1024
+"""The output cap that a job begins with whose caps are learned; requests have their hash with it."""
+
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 """Where each endpoint lies below a service's base address."""
 
@@ -49,6 +52,7 @@ class Kind(StrEnum):
     NOT_JSON = "not_json"  # an HTML page with status 200
     RESPONSE_TOO_LARGE = "response_too_large"
     INVALID_OUTPUT = "invalid_output"  # whole, but it does not fit the schema
+    TRUNCATED = "truncated"  # cut off at an output cap that was learned
     # The service refused.
     REJECTED = "rejected"  # 400, 422 and other 4xx: this request, as it is
     REQUEST_TOO_LARGE = "request_too_large"  # 413
@@ -99,6 +103,13 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     repeatable: bool = False
     """Whether the same request is meant to have the same answer: at temperature 0, or with a seed."""
 
+    def capped(self, tokens: int) -> "Request":
+        """The same with another output cap, which stands last in its body; the hash stays."""
+        if tokens == self.output_tokens:
+            return self
+        body = b"%b%d}" % (self.body[: self.body.rindex(b":") + 1], tokens)
+        return msgspec.structs.replace(self, body=body, output_tokens=tokens)
+
 
 class Turn(msgspec.Struct, gc=False):
     """A request on its way: how often it was asked, and since when (monotonic seconds) it could have gone."""
@@ -110,6 +121,8 @@ class Turn(msgspec.Struct, gc=False):
     """Attempts that failed so far, by kind."""
     plain: Request | None = None
     """The request as its row has made it, where this one shows the model what did not fit."""
+    floor: int = 0
+    """The learned output cap at which its last answer was cut off; 0 where none was."""
 
 
 class Timing(NamedTuple):

@@ -61,6 +61,8 @@ RULES: Mapping[Kind, Rule] = {
     Kind.REDIRECT: Rule(2, BACK_OFF),
     Kind.NOT_FOUND: Rule(2, BACK_OFF),
     Kind.UNAUTHORIZED: Rule(MAX_REQUEUES, CAPACITY, charged=False, cost=0),
+    # The cap was our guess; the next one is larger, until there is no larger one.
+    Kind.TRUNCATED: Rule(_ALWAYS, AT_ONCE, charged=False, cost=0),
     # It was our own doing, and what is asked again is asked by the next run, at once.
     Kind.INTERRUPTED: Rule(_ALWAYS, AT_ONCE, charged=False, cost=0),
 }

@@ -31,7 +31,7 @@ MEANINGS: Mapping[str, str] = {
     "request.grammar_root": "The rule of the grammar that the answer has to follow.",
     "request.logit_bias": "Token ids that are to come more or less often, from -100 to 100.",
     "request.logprobs": "How likely each token was.",
-    "request.max_completion_tokens": "The most tokens that an answer may have, reasoning included.",
+    "request.max_completion_tokens": "The most tokens that an answer may have, reasoning included; auto learns it.",
     "request.max_tokens": "The older name of max_completion_tokens.",
     "request.messages": "The whole conversation, in place of system and prompt.",
     "request.min_completion_tokens": "The fewest tokens of an answer; -1 for as many as the model can.",
@@ -201,6 +201,8 @@ def _request(endpoints: Mapping[str, Mapping[str, Any]]) -> _Schema:
     properties["logprobs"] = _templated(
         {"anyOf": [{"type": "boolean"}, {"type": "integer", "minimum": 0, "maximum": 20}]}
     )
+    for key in ("max_completion_tokens", "max_tokens"):
+        properties[key]["anyOf"].append({"const": "auto"})
     properties["body"] = {"anyOf": others}
     properties |= _READ
     own = {

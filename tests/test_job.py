@@ -279,7 +279,6 @@ WRONG = [
 LATER = [
     ("sweep", {"model": ["a", "b"]}),
     ("request.prompt_cache_key", "auto"),
-    ("request.max_completion_tokens", "auto"),
     ("schedule.service_tier", ["flex", "default"]),
     ("schedule.deadline", "6h"),
 ]

@@ -44,6 +44,7 @@ TABLE: dict[Kind, tuple[int, bool, tuple[float, float]]] = {
     Kind.NOT_JSON: (1, True, CALM),
     Kind.RESPONSE_TOO_LARGE: (NEVER, True, SOON),
     Kind.INVALID_OUTPUT: (2, True, SOON),
+    Kind.TRUNCATED: (EVER, False, SOON),
     Kind.REJECTED: (NEVER, True, SOON),
     Kind.REQUEST_TOO_LARGE: (NEVER, True, SOON),
     Kind.UNAUTHORIZED: (MAX_REQUEUES, False, CALM),

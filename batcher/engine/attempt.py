@@ -13,7 +13,7 @@ from batcher.errors import BatcherError
 from batcher.ledger import Ledger
 from batcher.parse import Parser
 from batcher.prompt import repaired
-from batcher.records import Answer, Attempt, Failure, Kind, Misfit, Outcome, Reply, Request, Timing, Turn
+from batcher.records import FIRST_CAP, Answer, Attempt, Failure, Kind, Misfit, Outcome, Reply, Request, Timing, Turn
 from batcher.retry import Again, Guard, decide
 from batcher.schedule import Budget, Dispatcher, Ticket
 from batcher.transport import Transport
@@ -50,6 +50,7 @@ class Attempts:
         self._end = end
         self._now = asyncio.get_running_loop().time
         self._headers_read = 0.0
+        self._learns_cap = prepared.job.request.learned_cap is not None
         self.held: list[Attempt] = []
         """Refused rows that are failures only if another row is answered."""
         self.disk = asyncio.Event()
@@ -93,7 +94,12 @@ class Attempts:
         if isinstance(result, Failure):
             return result
         answer = self._prepared.access.dialect.read(result)
-        if isinstance(answer, Failure) or self._prepared.parser is None:
+        if isinstance(answer, Failure):
+            return answer
+        if self._learns_cap and any(choice.finish_reason == "length" for choice in answer.choices):
+            message = "the answer was cut off at the learned output cap"
+            return Failure(Kind.TRUNCATED, message, result.timing, result.status, paid=True, usage=answer.usage)
+        if self._prepared.parser is None:
             return answer
         message = misfit(self._prepared.parser, answer)
         if message is None:
@@ -157,12 +163,19 @@ class Attempts:
         else:
             tried[failure.kind] = tried.get(failure.kind, 0) + 1
             again = decide(failure, tried, settings.max_attempts, settings.max_invalid)
+        if failure.kind is Kind.TRUNCATED and not self._dispatcher.may_be_longer(ticket, failure.usage):
+            attempt.message = (
+                f"the answer was cut off at {attempt.output_tokens:,} tokens, and no larger cap would help"
+            )
+            again = None
         if again is not None:
-            request, plain = turn.request, turn.plain
+            request, plain, floor = turn.request, turn.plain, turn.floor
             if failure.kind is Kind.INVALID_OUTPUT and settings.repair:
-                plain = plain or request
+                plain = plain or (request.capped(FIRST_CAP) if self._learns_cap else request)
                 request = repair(self._prepared, plain, attempt)
-            self._dispatcher.again(Turn(request, now + again.wait, turn.attempt + 1, tried, plain), again.cost)
+            if failure.kind is Kind.TRUNCATED:
+                floor = request.output_tokens
+            self._dispatcher.again(Turn(request, now + again.wait, turn.attempt + 1, tried, plain, floor), again.cost)
             self._turns.wake()
         elif self._guard.holds(failure):
             self.held.append(attempt)

@@ -253,14 +253,21 @@ class Feed:
         """Offer these rows and return when more are wanted; false when the run ended."""
         composer = self._prepared.composer
         unfit: Mapping[int, Attempt] = {}
-        if self._prepared.job.retry.repair and rows and tried:
-            unfit = await aside(self._ledger.unfit, UNIT, rows[0].position, rows[-1].position + 1)
+        cut: Mapping[int, Attempt] = {}
+        if rows and tried:
+            span = UNIT, rows[0].position, rows[-1].position + 1
+            if self._prepared.job.retry.repair:
+                unfit = await aside(self._ledger.unfit, *span, Kind.INVALID_OUTPUT)
+            if self._prepared.job.request.learned_cap is not None:
+                cut = await aside(self._ledger.unfit, *span, Kind.TRUNCATED)
         size = _IMAGES_AT_ONCE if composer.reads_files else max(1, len(rows))
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
             made = await aside(_composed, composer, some) if composer.reads_files else _composed(composer, some)
             pairs = zip(some, made, strict=True)
-            turns = [turn for row, request in pairs if (turn := self._turn(row, request, tried, unfit)) is not None]
+            turns = [
+                turn for row, request in pairs if (turn := self._turn(row, request, tried, unfit, cut)) is not None
+            ]
             led = turns if self._twins is None else await self._twins.leading(turns)
             self._dispatcher.offer(led)
             self._turns.wake()
@@ -275,10 +282,11 @@ class Feed:
         request: Request | Failure,
         tried: Mapping[int, tuple[int, dict[Kind, int]]],
         unfit: Mapping[int, Attempt],
+        cut: Mapping[int, Attempt],
     ) -> Turn | None:
         """A row's request with what is known of earlier attempts; a row that cannot be one has failed.
 
-        Of an answer in `unfit` the model is told why it does not fit.
+        Of an answer in `unfit` the model is told why it does not fit; those in `cut` were cut off.
         """
         if self._budgeted and isinstance(request, Request) and self._prepared.most(request) is None:
             request = Failure(Kind.UNSENDABLE, UNBOUNDED)
@@ -286,9 +294,10 @@ class Feed:
             self._ledger.record(_never_sent(row.position, request))
             return None
         attempt, kinds = tried.get(row.position, (0, None))
+        floor = cut[row.position].output_tokens if row.position in cut else 0
         if unfit and (shown := unfit.get(row.position)) is not None:
-            return Turn(repair(self._prepared, request, shown), self._now(), attempt + 1, kinds, request)
-        return Turn(request, self._now(), attempt + 1, kinds)
+            return Turn(repair(self._prepared, request, shown), self._now(), attempt + 1, kinds, request, floor)
+        return Turn(request, self._now(), attempt + 1, kinds, None, floor)
 
 
 class Reader:

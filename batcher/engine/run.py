@@ -185,6 +185,7 @@ class _Run:
             budget=budget,
             memory=_memory(),
             known=[limit for limit in self._before if limit.host == self._host],
+            learns_caps=prepared.job.request.learned_cap is not None,
             trace=self._decisions.append,
         )
         self._turns = Turns(self._dispatcher)
@@ -247,14 +248,16 @@ class _Run:
         return await self._conclude()
 
     async def _check_models(self) -> None:
-        """Before the first request: end the run where the service has no such model. Input is read meanwhile."""
+        """Before the first request: end the run where the service has no such model, and learn what it can."""
         model = self._prepared.job.request.parameters.get("model")
         if not self._turns.closed and isinstance(model, str) and not is_template(model):
-            unknown: ServiceError | None = None
+            told: models.Model | ServiceError | None = None
             with anyio.move_on_after(LOOK):
-                unknown = await models.unknown(self._transport, model)
-            if unknown is not None:
-                self._end(unknown)
+                told = await models.described(self._transport, model)
+            if isinstance(told, ServiceError):
+                self._end(told)
+            elif told is not None:
+                self._dispatcher.bound(told.max_output, told.context)
 
     async def _offer(self) -> None:
         try:

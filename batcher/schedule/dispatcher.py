@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from batcher.records import Failure, KnownLimit, Limit, Turn, Usage
 from batcher.schedule.budget import Budget
+from batcher.schedule.cap import Caps
 from batcher.schedule.capacity import Breaker, Window
 from batcher.schedule.lane import Lane
 from batcher.schedule.quota import Amounts
@@ -77,11 +78,13 @@ class Dispatcher:
         budget: Budget | None = None,
         memory: float = inf,
         known: Sequence[KnownLimit] = (),
+        learns_caps: bool = False,
         trace: Callable[[Decision], None] | None = None,
     ) -> None:
         """`ceiling` bounds what is in flight whatever the job says: open files, workers; `memory` bounds its bytes.
 
         `budget` bounds what may be spent, `known` are limits from an earlier run; `trace` is told the decisions.
+        With `learns_caps` every request that goes gets its output cap here.
         """
         self._budget = budget
         self.in_flight = 0
@@ -91,6 +94,8 @@ class Dispatcher:
         self._start = min(pace.max_in_flight or AUTO_START, ceiling)
         self._rates = (pace.requests, pace.tokens, pace.uncached_tokens)
         self._known = known
+        self._learns_caps = learns_caps
+        self._bounds: tuple[int | None, int | None] = (None, None)
         self._trace = trace
         self._memory, self._bytes = memory, 0
         self._lanes: dict[tuple[str, str | None], Lane] = {}
@@ -161,6 +166,17 @@ class Dispatcher:
         self._bytes -= len(ticket.turn.request.body)
         amounts = (1.0, ticket.tokens, ticket.uncached)
         self._lane(ticket.turn).failed(failure, ticket.turn, amounts, ticket.sent, ticket.marks, now)
+
+    def may_be_longer(self, ticket: Ticket, usage: Usage | None) -> bool:
+        """Whether an answer that was cut off at its learned cap may end with a larger one."""
+        return self._lane(ticket.turn).may_be_longer(ticket.turn, usage)
+
+    def bound(self, output: int | None, context: int | None) -> None:
+        """The service says how many tokens its model writes at most, and has room for with the prompt."""
+        self._bounds = output, context
+        for lane in self._order:
+            if lane.caps is not None:
+                lane.caps.bound(output, context)
 
     def landed(self, count: int) -> None:
         """What came of this many requests is durable: only now others go in their place."""
@@ -270,7 +286,10 @@ class Dispatcher:
             if self._trace is not None:
                 self._trace(Decision(at, what + lane.name))
 
-        lane = Lane(Window(self._start, self.ceiling, now), self._rates, known, note, now)
+        caps = Caps() if self._learns_caps else None
+        if caps is not None:
+            caps.bound(*self._bounds)
+        lane = Lane(Window(self._start, self.ceiling, now), self._rates, known, caps, note, now)
         return lane
 
     def _from(self, lane: Lane, for_retries: float, now: float) -> Ticket | tuple[float, str]:
@@ -287,6 +306,8 @@ class Dispatcher:
             ready, _, cost, _ = lane.again[0]
             return max(ready, self._retries_at + cost - self._retries), "retries"
         turn, cost = found
+        if lane.caps is not None:
+            lane.cap(turn, lane.caps, now)
         if self._budget is not None and not self._budget.affords(turn.request):
             if not self._budget.skips(turn.request):
                 return inf, "budget"

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from batcher.records import Failure, Kind, KnownLimit, Limit, Turn, Usage
+from batcher.schedule.cap import Caps
 from batcher.schedule.capacity import Breaker, Window
 from batcher.schedule.learning import Sizes
 from batcher.schedule.quota import Amounts, Quota
@@ -27,14 +28,19 @@ class Lane:
         window: Window,
         own: Sequence[float | None],
         known: Sequence[KnownLimit],
+        caps: Caps | None,
         note: Callable[[float, str], None],
         now: float,
     ) -> None:
-        """`own` are the job's rates, `known` are limits from before; `note` is told what is decided, and when."""
+        """`own` are the job's rates, `known` are limits from before; `note` is told what is decided, and when.
+
+        With `caps` the requests' output caps are learned.
+        """
         self.window = window
         self.breaker = Breaker()
         self.quota = Quota(own, known, note, now)
         self.sizes = Sizes()
+        self.caps = caps
         self.fresh: deque[Turn] = deque()
         self.again: list[tuple[float, int, float, Turn]] = []
         """A heap by when they are ready; then in order; with what each draws from the retry budget."""
@@ -50,6 +56,30 @@ class Lane:
         """What a request is charged before it is known what it takes."""
         tokens, uncached = self.sizes.estimate(turn.request)
         return 1.0, tokens, uncached
+
+    def cap(self, turn: Turn, caps: Caps, now: float) -> None:
+        """Give the row that goes next the output cap that is best by now."""
+        if caps.due:
+            before = caps.next(0)
+            caps.choose(self.quota.load())
+            if caps.next(0) != before:
+                self._note(now, f"output cap {caps.next(0):,}")
+        turn.request = turn.request.capped(max(1, self._next_cap(turn, caps, turn.floor)))
+
+    def may_be_longer(self, turn: Turn, usage: Usage | None) -> bool:
+        """Whether an answer that was cut off may end with a larger cap: there is one, and it was the cap that cut."""
+        cap = turn.request.output_tokens
+        if usage is not None and usage.completion_tokens is not None and 2 * usage.completion_tokens < cap:
+            return False  # the model's context was full
+        return self.caps is not None and self._next_cap(turn, self.caps, cap) > 1.05 * cap
+
+    def _next_cap(self, turn: Turn, caps: Caps, floor: int) -> int:
+        """The cap for a row that was cut off at `floor`, no larger than what fits a whole limit, and the model."""
+        tokens, uncached = self.sizes.estimate(turn.request)
+        output = turn.request.output_tokens
+        room = min(caps.context - tokens + output, self.quota.room(tokens - output, uncached - output))
+        cap = caps.next(floor)
+        return cap if cap <= room else int(room)
 
     def push(self, turn: Turn, order: int, cost: float) -> None:
         """A row that is to be asked again."""
@@ -78,6 +108,13 @@ class Lane:
         self, turn: Turn, amounts: Amounts, usage: Usage, queue_time: float | None, sent: float, now: float
     ) -> None:
         """An answer came: settle what it used, let the window grow."""
+        if self.caps is not None and usage.completion_tokens is not None:
+            self.caps.ended(usage.completion_tokens, turn.floor)
+        self._served(turn, amounts, usage, queue_time, sent, now)
+
+    def _served(
+        self, turn: Turn, amounts: Amounts, usage: Usage, queue_time: float | None, sent: float, now: float
+    ) -> None:
         before = self.window.size
         self.window.answered(self.out, queue_time, now, now - sent)
         if self.window.size < before:
@@ -91,10 +128,16 @@ class Lane:
             self.sizes.answered(turn.request, prompt, completion, usage.cached_tokens or 0)
             used = prompt + completion
             self.quota.settle((0.0, amounts[1] - used, amounts[2] - used + (usage.cached_tokens or 0)), now)
+            if self.caps is not None:
+                self.caps.took(prompt, prompt - (usage.cached_tokens or 0), now - sent)
 
     def failed(self, failure: Failure, turn: Turn, amounts: Amounts, sent: float, marks: Amounts, now: float) -> None:
         """A request failed: give back what it did not use, and slow down as it says."""
         kind, before = failure.kind, self.window.size
+        if kind is Kind.TRUNCATED and self.caps is not None:
+            self.caps.cut(turn.request.output_tokens, turn.floor)
+            self._served(turn, amounts, failure.usage or Usage(), None, sent, now)
+            return
         # What went before an outage was over and is lost now, was lost to the outage.
         late = sent < self.breaker.closed_at
         if not self.breaker.doubtful:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from math import inf
 
 from batcher.records import Failure, KnownLimit, Limit
+from batcher.schedule.cap import Load
 from batcher.schedule.learning import Learned, Returns
 
 RESOURCES = ("requests", "tokens", "uncached_tokens")
@@ -270,6 +271,26 @@ class Quota:
             if bucket.which and amounts[bucket.which] >= bucket.fits:
                 return f"{bucket.capacity:,.0f} {bucket.name}"
         return None
+
+    def room(self, tokens: float, uncached: float) -> float:
+        """Tokens that an answer may have so that a request with such a prompt still fits every limit of the service."""
+        prompts = (0.0, tokens, uncached)
+        sizes = [(bucket.capacity, bucket.which) for bucket in self._theirs.values() if bucket.which and bucket.stated]
+        return min((capacity - prompts[which] for capacity, which in sizes if capacity > 0), default=inf)
+
+    def load(self) -> Load:
+        """How an attempt weighs on the limit of tokens that is smallest."""
+        rates = dict.fromkeys(range(3), inf)
+        kept, window = 0.0, inf
+        scarce = 0
+        for bucket in self._active:
+            if bucket.rate is not None and 0 < bucket.rate < rates[bucket.which]:
+                rates[bucket.which] = bucket.rate
+                if bucket.which and bucket.rate <= min(rates[1], rates[2]):
+                    kept, window, scarce = 1.0 - bucket.returns.share, bucket.window, bucket.which
+        if not scarce:
+            return Load()
+        return Load(kept, 1.0 / window, rates[scarce] / rates[0], scarce == 2)
 
     def charge(self, amounts: Amounts, now: float) -> Amounts:
         """Take this out of every bucket; gives what was charged in all then: headers are read against it."""
