@@ -45,6 +45,8 @@ LIMITS: Mapping[str, Any] = {
 HALF = {name: limit // 2 for name, limit in LIMITS.items()}
 TRIPLE = {name: limit * 3 for name, limit in LIMITS.items()}
 NONE = dict.fromkeys(LIMITS)
+CAP_LIMIT, CAP_LEARNED = 30_000, 200
+"""Tokens a minute where output caps are learned, and the rows after which that is judged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,8 @@ class Case:
     seconds: float = 360.0
     divisor: int = 1
     cap: int = 1_000
+    learned: bool = False
+    """Whether the output cap is learned; with `cap` as the longest answer."""
     rows: int = 8_000
     some_long: bool = False
     schedule: Mapping[str, object] = field(default_factory=dict)
@@ -111,6 +115,7 @@ def _outage(within: float) -> Iterator[Bar]:
 _AFTER_REFUSAL = Bar("sent after the first refusal", lambda run: books.sent_after_refusal(run, *run.outage), 30)
 _BEYOND_WINDOW = Bar("sent beyond the window", lambda run: books.sent_beyond_window(run, *run.outage), 30)
 
+_KEPT = {"keeps_reservation": True}
 _PLACES = 200
 _SLOW = {"capacity": _PLACES, "queue_limit": 1.0, "seconds_per_completion_token": 0.06, **NONE}
 
@@ -171,7 +176,7 @@ CASES: Mapping[str, Case] = {
             events=(Event(CHANGE, {"others": 0.3}),),
             settings={"rate_headers": "none"},
         ),
-        Case("keeps-reservation", (_share(UNCACHED, 0.97), _refused(0.01)), settings={"keeps_reservation": True}),
+        Case("keeps-reservation", (_share(UNCACHED, 0.97), _refused(0.01)), settings=_KEPT),
         Case(
             "capacity",
             _capacity(MINUTE, 0.95),
@@ -217,6 +222,14 @@ CASES: Mapping[str, Case] = {
             (_BEYOND_WINDOW, *_outage(60)),
             seconds=STOP + 90,
             outage=Event(START, {"faults": {"hang": 1.0}}),
+        ),
+        Case(
+            "cap-auto",
+            (),
+            seconds=3_600.0,
+            learned=True,
+            rows=3_600,
+            settings={**NONE, "tokens_per_minute": CAP_LIMIT, "uncached_tokens_per_minute": CAP_LIMIT, **_KEPT},
         ),
         Case("some-long", (), divisor=4, cap=250, some_long=True),
     )
@@ -270,6 +283,7 @@ def world_of(case: Case, path: str | None, seed: int) -> World:
         timeout=60.0,
         seed=seed,
         outage=(START, stop) if case.outage is not None else (0.0, 0.0),
+        learned=case.learned,
     )
 
 
@@ -278,6 +292,19 @@ def bars_of(case: Case, world: World) -> Sequence[Bar]:
     if world.lengths.long:
         return (
             Bar("median wait of the long over the others", lambda run: books.wait_ratio(run, world.lengths.long), 2),
+        )
+    if case.learned:
+        pairs = list(zip(world.lengths.prompts, world.lengths.completions, strict=True))
+        return (
+            Bar(
+                "rows over best two caps",
+                lambda run: books.best_two_caps(run, pairs, CAP_LIMIT, CAP_LEARNED),
+                0.9,
+                least=True,
+                share=True,
+            ),
+            Bar("answers cut off", lambda run: float(run.truncated), 0),
+            Bar("rows failed", lambda run: float(run.failed), 0),
         )
     return case.bars
 

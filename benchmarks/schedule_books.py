@@ -67,6 +67,8 @@ class Books:
     waited: dict[int, float] = field(default_factory=dict)
     """By answered row, seconds between when it could have gone and when it went."""
     failed: int = 0
+    truncated: int = 0
+    """Answers in the output that were cut off."""
     outage: tuple[float, float] = (0.0, 0.0)
     """When it began and ended, where there was one."""
 
@@ -147,6 +149,24 @@ def wait_ratio(books: Books, long: Collection[int]) -> float:
     waits = [books.waited.get(row, math.inf) for row in long if row <= up_to]
     usual = statistics.median(books.waited.get(row, math.inf) for row in range(up_to + 1) if row not in long)
     return statistics.median(waits) / usual if usual else math.inf
+
+
+def best_two_caps(books: Books, pairs: Sequence[tuple[int, int]], limit: float, first: int) -> float:
+    """Rows a minute after the first ones over those of the best two fixed caps, where `limit` tokens flow in a minute.
+
+    `pairs` are each row's prompt and completion tokens. The two caps are found by trying all, with the lengths of the
+    very rows that were answered: the first, and that of the longest answer for those that it cuts off.
+    """
+    ended = {one.row: one.ended for one in books.sent if one.ended is not None}
+    done = sorted((ended[row], row) for row in books.waited)
+    rows = [pairs[row] for _, row in done[first:]]
+    most, prompts = max(completion for _, completion in rows), sum(prompt for prompt, _ in rows)
+    longest = sorted(rows, key=lambda row: row[1], reverse=True)
+    charged, again = [], 0.0
+    for prompt, completion in longest:
+        charged.append(prompts + len(rows) * completion + again)  # of those that are as long, the last one counts
+        again += prompt + most
+    return min(charged) / limit / ((done[-1][0] - done[first - 1][0]) / 60)
 
 
 def _failures(sent: Sequence[Sent], since: float) -> Iterable[float]:

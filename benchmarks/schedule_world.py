@@ -120,6 +120,8 @@ class World:
     timeout: float
     seed: int
     outage: tuple[float, float] = (0.0, 0.0)
+    learned: bool = False
+    """Whether our own client learns the output cap; others send `cap`."""
     books: Books = field(init=False)
 
     def __post_init__(self) -> None:
@@ -223,6 +225,7 @@ async def ours(world: World, line: Line) -> None:
         with suppress(BatcherError):  # it is asked to end
             await engine.run(job, table=table, transport=line, watch=watch, signals=True)
         books.waited.update(waits(Path(folder, "out", "responses")))
+        books.truncated = truncated(Path(folder, "out", "responses"))
 
 
 def texts(lengths: Lengths) -> pa.Table:
@@ -233,7 +236,11 @@ def texts(lengths: Lengths) -> pa.Table:
 def job_of(world: World, base_url: str) -> dict[str, dict[str, object]]:
     """The job that the engine runs in a world, but for its input."""
     return {
-        "request": {"model": MODEL, "prompt": "{{ text }}", "max_completion_tokens": world.cap},
+        "request": {
+            "model": MODEL,
+            "prompt": "{{ text }}",
+            "max_completion_tokens": "auto" if world.learned else world.cap,
+        },
         "service": {
             "base_url": base_url,
             "api_key_env": KEY_NAME,
@@ -249,6 +256,12 @@ def waits(responses: Path) -> dict[int, float]:
     """How long each answered row waited for its turn, by the output."""
     tables = [pq.read_table(path, columns=["row", "waited"]) for path in responses.glob("*.parquet")]
     return {row: wait for table in tables for row, wait in zip(*table.to_pydict().values(), strict=True)}
+
+
+def truncated(responses: Path) -> int:
+    """How many of the answers in the output were cut off."""
+    tables = [pq.read_table(path, columns=["finish_reason"]) for path in responses.glob("*.parquet")]
+    return sum(table["finish_reason"].to_pylist().count("length") for table in tables)
 
 
 def drawn(source: tuple[Sequence[int], Sequence[int]], rows: int, divisor: int, cap: int, seed: int) -> Lengths:
