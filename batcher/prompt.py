@@ -84,7 +84,7 @@ class Composer:
             elif name in _SPOKEN:
                 said = said.and_(_measured(name, value, encoded))
         self._said = said
-        self._extra = {name: msgspec.Raw(_encode(value)) for name, value in template.extra.items()}
+        self._extra: dict[str, object] = {name: msgspec.Raw(_encode(value)) for name, value in template.extra.items()}
         self._learned_cap = template.learned_cap
         if template.learned_cap is not None:  # last in the body, so that another may be put in its place
             self._extra[template.learned_cap] = self._fixed.pop(template.learned_cap)

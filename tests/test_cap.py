@@ -165,7 +165,7 @@ def test_the_cap_is_put_into_the_body_as_it_goes() -> None:
     def may_be_longer(cap: int, completion: int) -> bool:
         asked = turn(41)
         asked.request = asked.request.capped(cap)
-        return dispatcher.may_be_longer(Ticket(asked, *ticket[1:]), Usage(PROMPT, completion))
+        return dispatcher.may_be_longer(larger._replace(turn=asked), Usage(PROMPT, completion))
 
     assert may_be_longer(2_000, 2_000)
     assert not may_be_longer(2_000, 800)
@@ -269,6 +269,11 @@ def checked(output: Path) -> list[dict[str, Any]]:
     (failure,) = pq.read_table(output / "failures").to_pylist()
     assert (failure["row"], failure["kind"], failure["status"]) == (ENDLESS, Kind.TRUNCATED, 200)
     assert "no larger cap would help" in failure["message"]
+    cuts: dict[int, list[int]] = {}
+    for attempt in pq.read_table(output / "attempts").to_pylist():
+        if attempt["kind"] == Kind.TRUNCATED:
+            cuts.setdefault(attempt["row"], []).append(attempt["completion_tokens"])
+    assert all(sorted(set(caps)) == caps for caps in cuts.values())
     hashes = {row["row"]: row["request_hash"] for row in answers}
     assert len(set(hashes.values())) == len(answers)
     return [*answers, failure]

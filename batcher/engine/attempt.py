@@ -97,8 +97,8 @@ class Attempts:
         if isinstance(answer, Failure):
             return answer
         if self._learns_cap and any(choice.finish_reason == "length" for choice in answer.choices):
-            message = "the answer was cut off at the learned output cap"
-            return Failure(Kind.TRUNCATED, message, result.timing, result.status, paid=True, usage=answer.usage)
+            cut = "the answer was cut off at the learned output cap"
+            return Failure(Kind.TRUNCATED, cut, result.timing, result.status, paid=True, usage=answer.usage)
         if self._prepared.parser is None:
             return answer
         message = misfit(self._prepared.parser, answer)
