@@ -161,9 +161,6 @@ _LATER = {
     "schedule": ("deadline",),
     "": ("sweep",),
 }
-_LATER_VALUES = {
-    ("request", "prompt_cache_key"): ("auto",),
-}
 _SECTIONS: dict[str, type[Struct]] = {
     "input": Input,
     "service": Service,
@@ -434,8 +431,8 @@ def duration(text: object) -> float:
 
 def _section(kind: type[_Section], name: str, given: Mapping[str, object], origin: str) -> _Section:
     fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
-    for key, value in given.items():
-        _refuse_later(name, key, value, origin)
+    for key in given:
+        _refuse_later(name, key, origin)
         if key not in fields:
             raise _unknown(name, key, fields, origin)
     try:
@@ -571,8 +568,8 @@ def _request(
         raise JobError(f"{origin}: request.endpoint: chat or completions, not {shown(endpoint)}")
     chat = endpoint == "chat"
     known = CHAT if chat else COMPLETIONS
-    for key, value in given.items():
-        _refuse_later("request", key, value, origin)
+    for key in given:
+        _refuse_later("request", key, origin)
         own = _SHORTHANDS if chat else _WITHOUT_CHAT
         if key not in known and key not in own:
             if key in {*CHAT, *COMPLETIONS, *_SHORTHANDS}:
@@ -764,11 +761,9 @@ def _schema(given: object, folder: Path, where: str, texts: dict[str, str]) -> t
     return schema, str(schema.get("title") or Path(given).name.split(".")[0])
 
 
-def _refuse_later(section: str, key: str, value: object, origin: str) -> None:
+def _refuse_later(section: str, key: str, origin: str) -> None:
     if key in _LATER.get(section, ()):
         raise JobError(f"{origin}: {section}.{key} is not supported yet")
-    if isinstance(value, str) and value in _LATER_VALUES.get((section, key), ()):
-        raise JobError(f"{origin}: {section}.{key} = {shown(value)} is not supported yet")
 
 
 def _override(document: dict[str, Any], setting: str) -> list[str]:

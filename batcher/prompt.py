@@ -33,6 +33,9 @@ from batcher.records import FIRST_CAP, Failure, Kind, Request, Row
 BYTES_PER_TOKEN = 4
 """English prose in common tokenizers; an estimate until the service has counted."""
 
+BLOCK_BYTES = 128 * BYTES_PER_TOKEN
+"""A block of the service's cache: prompts share whole ones."""
+
 IMAGE_TOKENS = 280
 """What an image is reckoned at, whatever its size: the most that the service's reference has for one."""
 
@@ -60,10 +63,16 @@ class Composer:
         self._endpoint = template.endpoint
         self._tier = tier
         self._templates = _Templates(folders)
+        key = template.parameters.get("prompt_cache_key")
+        self._finds_key = key == "auto"
+        self.groups = self._finds_key or is_template(key)
+        """Whether rows differ in what they share with others."""
         self._fixed: dict[str, object] = {}
         self._rendered: list[tuple[str, _Render]] = []
         names: set[str] = set()
         parameters = dict(template.parameters)
+        if self._finds_key:
+            del parameters["prompt_cache_key"]
         if response_format is not None:
             parameters["response_format"] = response_format
         if tier is not None:
@@ -149,7 +158,8 @@ class Composer:
             return Failure(Kind.UNSENDABLE, f"request.{name}: {error}"[:300])
         if self._learned_cap is not None and said.prompts > 1:
             return Failure(Kind.UNSENDABLE, f'request.{self._learned_cap} = "auto": only with one prompt in a request')
-        return _request(row, unit, self._endpoint, self._known or _known(self._endpoint, given), body, said)
+        known = self._known or _known(self._endpoint, given)
+        return _request(row, unit, self._endpoint, known, body, said, _prefixes(values) if self._finds_key else b"")
 
     def unserved(self, row: Row) -> str | None:
         """Say so where a row's `url` is one that is not served, or None."""
@@ -434,7 +444,35 @@ def _known(endpoint: str, given: Mapping[str, Any]) -> _Known:
     )
 
 
-def _request(row: Row, unit: int, endpoint: str, known: _Known, body: bytes, said: _Said) -> Request | Failure:
+_STEPS = tuple(sorted({2**power * part // 2 for power in range(14) for part in (2, 3)}))
+"""Blocks after which the digest of a prefix is taken: ever rarer, so that a long prompt has few."""
+
+
+def _prefixes(values: Mapping[str, object]) -> bytes:
+    """Digests (8 bytes each) of what the model reads up to the ends of `_STEPS`: tools first, as services have it."""
+    said = b"".join(
+        bytes(cast(msgspec.Raw, values[name])) for name in ("tools", "messages", "prompt") if name in values
+    )
+    digest, made, done = hashlib.blake2b(digest_size=8), [], 0
+    for step in _STEPS:
+        end = step * BLOCK_BYTES
+        if end > len(said):
+            break
+        digest.update(said[done:end])
+        made.append(digest.digest())
+        done = end
+    return b"".join(made)
+
+
+def keyed(request: Request, key: str) -> Request:
+    """A request with a key for the service's cache. Its hash stays that of what is asked."""
+    body = b'{"prompt_cache_key":' + _encode(key) + b"," + request.body[1:]  # at its end lies what may still change
+    return msgspec.structs.replace(request, body=body, cache_key=key)
+
+
+def _request(
+    row: Row, unit: int, endpoint: str, known: _Known, body: bytes, said: _Said, prefixes: bytes = b""
+) -> Request | Failure:
     """The request that has this body."""
     if said.images and len(body) > MOST_BYTES:
         return Failure(Kind.UNSENDABLE, f"a request with images may have 10 MiB, and this one has {len(body):,} bytes")
@@ -451,6 +489,7 @@ def _request(row: Row, unit: int, endpoint: str, known: _Known, body: bytes, sai
         tier=known.tier,
         stream=known.stream,
         repeatable=known.repeatable,
+        prefixes=prefixes,
     )
 
 

@@ -102,6 +102,8 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     """Whether the answer comes as a stream of events."""
     repeatable: bool = False
     """Whether the same request is meant to have the same answer: at temperature 0, or with a seed."""
+    prefixes: bytes = b""
+    """Digests (8 bytes each) of what it begins with, up to ever later ends; only where a cache key is to be found."""
 
     def capped(self, tokens: int) -> "Request":
         """The same with another output cap, which stands last in its body; the hash stays."""
@@ -123,6 +125,10 @@ class Turn(msgspec.Struct, gc=False):
     """The request as its row has made it, where this one shows the model what did not fit."""
     floor: int = 0
     """The learned output cap at which its last answer was cut off; 0 where none was."""
+    group: str | None = None
+    """What it shares its prefix by with other rows, which wait for the first one's answer; None: it goes by itself."""
+    leads: bool = False
+    """Whether it went ahead of its group."""
 
 
 class Timing(NamedTuple):

@@ -44,7 +44,7 @@ MEANINGS: Mapping[str, str] = {
     "request.prediction": "A text that the answer is likely to repeat.",
     "request.presence_penalty": "Against staying with the same topics.",
     "request.prompt": "What the user says: {{ column }} is filled in for every row.",
-    "request.prompt_cache_key": "Requests with equal keys share the service's cache.",
+    "request.prompt_cache_key": 'Equal keys share the cache; "auto": found where rows begin alike.',
     "request.reasoning_effort": "How long the model thinks.",
     "request.reasoning_format": "Where the reasoning goes: a field of its own, into the text, or nowhere.",
     "request.response_format": 'The form of the answers: { schema = "file.json" }, or the API\'s own object.',

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from benchmarks.budget import budget
 from benchmarks.dispatcher import dispatcher
+from benchmarks.groups import groups
 from benchmarks.large import large
-from benchmarks.measure import Answer, machine, raise_open_files
+from benchmarks.measure import ROOT, Answer, machine, raise_open_files
 from benchmarks.memory import memory
 from benchmarks.overhead import latency, overhead
 from benchmarks.parse import parse
@@ -19,7 +20,7 @@ from benchmarks.transport import transport
 
 QUESTIONS = (
     *("overhead", "latency", "memory", "large", "resume", "payload", "parse", "transport", "budget", "rehearse"),
-    *("dispatcher", "schedule"),
+    *("dispatcher", "groups", "schedule"),
 )
 
 
@@ -50,6 +51,8 @@ def main() -> None:
     )
     parser.add_argument("--plots", type=Path, help="schedule: draw some cases into this folder instead")
     parser.add_argument("--lengths", help="Parquet file of prompt_tokens and completion_tokens for schedule")
+    parser.add_argument("--prefixes", type=int, default=5_000, help="of groups, with four rows each (5,000)")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of bbh.parquet")
     arguments = parser.parse_args()
     if min(arguments.pairs, arguments.rows, arguments.seeds) < 1:
         parser.error("--pairs, --rows and --seeds start at 1")
@@ -83,13 +86,15 @@ def main() -> None:
         answers += dispatcher()
     if answers:
         show(answers)
+    good = arguments.question not in (None, "groups") or groups(arguments.prefixes, arguments.data / "bbh.parquet")
     if arguments.question == "schedule" and arguments.plots:
         plots(arguments.plots, arguments.lengths)
     elif arguments.question == "schedule" and arguments.sockets:
         sys.exit(not sockets(arguments.lengths))
     elif arguments.question in (None, "schedule"):
         names, clients = arguments.case or list(CASES), arguments.client or ["ours"]
-        sys.exit(not schedule(names, arguments.seeds, arguments.lengths, clients))
+        good = schedule(names, arguments.seeds, arguments.lengths, clients) and good
+    sys.exit(not good)
 
 
 if __name__ == "__main__":

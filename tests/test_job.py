@@ -278,7 +278,6 @@ WRONG = [
 ]
 LATER = [
     ("sweep", {"model": ["a", "b"]}),
-    ("request.prompt_cache_key", "auto"),
     ("schedule.service_tier", ["flex", "default"]),
     ("schedule.deadline", "6h"),
 ]

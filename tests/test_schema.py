@@ -24,7 +24,6 @@ BEYOND = [
     ("input.path", ["rows.jsonl", "hf://datasets/x/y.parquet"]),
     ("output.path", "s3://bucket/out"),
     ("output.ledger", "gs://bucket/ledger"),
-    ("request.prompt_cache_key", "auto"),
     ("schedule.queue_threshold", "2s"),
     ("schedule.queue_threshold", "20ms"),
     ("schedule.queue_threshold", "21s"),

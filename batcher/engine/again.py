@@ -216,6 +216,7 @@ class _Again(Feed):
         for part in self._waiting:
             if self._turns.closed or not await self._ask(part):
                 break
+        await self._offer_rest()
         self.ended = True
 
     async def _range(self, part: int) -> Range:
@@ -231,7 +232,7 @@ class _Again(Feed):
         opened.changed = part in self._progress
         progress = self._progress.pop(part, None) or Progress(frozenset(), 0, {})
         wanted = again.keys() - progress.done
-        await self._press.begin(opened, len(wanted), self._dispatcher.ceiling)
+        await self._begin(opened, len(wanted))
         # Their attempts are counted on from those of before; what failed then is forgiven.
         before: dict[int, tuple[int, dict[Kind, int]]] = {row: (again[row].attempts, {}) for row in wanted}
         tried = before | progress.tried

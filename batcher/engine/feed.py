@@ -16,6 +16,7 @@ from batcher.engine.selection import LOOKED_AT, Selection, is_selective
 from batcher.engine.threads import abandonable, aside
 from batcher.engine.turns import Turns
 from batcher.engine.twins import Twins
+from batcher.engine.window import Window
 from batcher.errors import StorageError
 from batcher.ledger import Ledger, Progress
 from batcher.prompt import Composer
@@ -52,6 +53,7 @@ class Feed:
         self._size = prepared.job.output.rows_per_part
         self._limit = prepared.job.input.limit
         self._budgeted = prepared.job.schedule.budget_usd is not None
+        self._window = Window(prepared.job.ledger_path.parent) if prepared.composer.groups else None
         self._selection: Selection | None = None
         self._beyond = 0
         self.ended = False
@@ -185,6 +187,7 @@ class Feed:
                 if not await self._feed(part, left, reader):
                     break
             part += 1
+        await self._offer_rest()
         self.ended = True
 
     async def reopen(self) -> None:
@@ -220,7 +223,7 @@ class Feed:
         """Offer these rows of one range; false when the input or the run ends in it."""
         opened = await self._range(part)
         rows = opened.rows
-        await self._press.begin(opened, wanted.bit_count(), self._dispatcher.ceiling)
+        await self._begin(opened, wanted.bit_count())
         opened.done = self._done.get(part, 0) | wanted
         opened.changed = part in self._progress
         progress = self._progress.pop(part, None) or Progress(frozenset(), 0, {})
@@ -243,6 +246,38 @@ class Feed:
         else:
             self._press.publish_if_complete(opened)
         return seen == rows.stop
+
+    async def _begin(self, opened: Range, left: int) -> None:
+        """Open a range in which so many rows are left, as soon as there is room, for rows that were read ahead too."""
+        window = self._dispatcher.ceiling
+        if self._window is not None:
+            while len(self._window) and not self._press.has_room(left, window + len(self._window)):
+                if not await self._offer_oldest(self._window):
+                    break
+            window += len(self._window)
+        await self._press.begin(opened, left, window)
+
+    async def _offer_oldest(self, window: Window) -> bool:
+        """Offer the row that was read ahead the longest ago, with those of its group; false when the run ended."""
+        turns = await aside(window.take)
+        for turn in turns:
+            turn.ready = self._now()
+        return await self._hand_over(turns)
+
+    async def _offer_rest(self) -> None:
+        """Offer what was read ahead, to the last row."""
+        if self._window is None:
+            return
+        while len(self._window) and not self._turns.closed:
+            await self._offer_oldest(self._window)
+        self._window.close()
+
+    async def _hand_over(self, turns: Sequence[Turn]) -> bool:
+        """Give rows to the dispatcher and return when more are wanted; false when the run ended."""
+        self._dispatcher.offer(turns)
+        self._turns.wake()
+        await self._turns.hungry(sum([len(turn.request.body) for turn in turns]) // max(1, len(turns)))
+        return not self._turns.closed
 
     def _note(self, part: int, rows: range) -> None:
         """Let the next run know where the range starts in the input."""
@@ -269,11 +304,14 @@ class Feed:
                 turn for row, request in pairs if (turn := self._turn(row, request, tried, unfit, cut)) is not None
             ]
             led = turns if self._twins is None else await self._twins.leading(turns)
-            self._dispatcher.offer(led)
-            self._turns.wake()
-            await self._turns.hungry(sum([len(turn.request.body) for turn in turns]) // max(1, len(turns)))
-            if self._turns.closed:
-                return False
+            if self._window is None:
+                if not await self._hand_over(led):
+                    return False
+                continue
+            await aside(self._window.put, led)
+            while self._window.full:
+                if not await self._offer_oldest(self._window):
+                    return False
         return not self._turns.closed
 
     def _turn(

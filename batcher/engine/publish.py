@@ -80,12 +80,16 @@ class Press:
 
     async def begin(self, opened: Range, left: int, window: int) -> None:
         """Open a range in which so many rows are left, as soon as not too many are open."""
-        while len(self.open) >= OPEN_RANGES + 2 * window // max(1, left) and not self._closed:
+        while not self.has_room(left, window) and not self._closed:
             self._room.clear()
             self.full = True
             await self._room.wait()
         self.full = False
         self.open[opened.part] = opened
+
+    def has_room(self, left: int, window: int) -> bool:
+        """Whether a range in which so many rows are left may be opened now."""
+        return len(self.open) < OPEN_RANGES + 2 * window // max(1, left)
 
     @property
     def behind(self) -> bool:

@@ -143,7 +143,7 @@ class Dispatcher:
         soonest, why = inf, ""
         for number in range(self._next, self._next + len(lanes)):
             lane = lanes[number % len(lanes)]
-            if lane.fresh or lane.again:
+            if lane.fresh or lane.again or lane.groups.held:
                 granted = self._from(lane, for_retries, now)
                 if isinstance(granted, Ticket):
                     self._next = (number + 1) % len(lanes)
@@ -223,12 +223,16 @@ class Dispatcher:
     @property
     def waiting(self) -> int:
         """Rows that were never sent yet."""
-        return sum([len(lane.fresh) for lane in self._order])
+        return sum([lane.waiting for lane in self._order])
 
     def hungry(self, most: float = inf) -> bool:
-        """Whether more rows are wanted: some model has few, and all together have no more than `most`."""
+        """Whether more rows are wanted: some model has few, and all together have no more than `most`.
+
+        Rows that wait for others of their group are not counted among the few: rows of other groups may go.
+        """
         if len(self._order) == 1:
-            return len(self._order[0].fresh) <= min(most, max(FEW_WAITING, int(self._order[0].window.size)))
+            lane = self._order[0]
+            return len(lane.fresh) <= max(FEW_WAITING, int(lane.window.size)) and lane.waiting <= most
         few = any(len(lane.fresh) <= max(FEW_WAITING, int(lane.window.size)) for lane in self._order)
         return few and self.waiting <= min(most, MOST_WAITING)
 
@@ -303,8 +307,8 @@ class Dispatcher:
             return lane.waits_until, "the service's wait"
         found = lane.next(now, for_retries)
         if found is None:
-            ready, _, cost, _ = lane.again[0]
-            return max(ready, self._retries_at + cost - self._retries), "retries"
+            ready, cost, why = lane.soonest()
+            return max(ready, self._retries_at + cost - self._retries), why
         turn, cost = found
         if lane.caps is not None:
             lane.cap(turn, lane.caps, now)
@@ -313,8 +317,8 @@ class Dispatcher:
                 return inf, "budget"
             lane.drop(turn)
             self._waiting -= 1
-            return self._from(lane, for_retries, now) if lane.fresh or lane.again else (inf, "budget")
-        amounts = lane.amounts(turn)
+            return self._from(lane, for_retries, now) if lane.waiting or lane.again else (inf, "budget")
+        amounts = lane.amounts(turn, now)
         size = len(turn.request.body)
         if self._bytes + size > self._memory and self._bytes:
             return inf, "memory"
@@ -333,6 +337,8 @@ class Dispatcher:
         if self._budget is not None:
             self._budget.lease(turn)
         lane.out += 1
+        if turn.group is not None:
+            lane.groups.sent(turn, now)
         self._bytes += size
         self.sent += 1
         self.in_flight += 1

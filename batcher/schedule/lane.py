@@ -3,10 +3,12 @@
 import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
+from math import inf
 
 from batcher.records import Failure, Kind, KnownLimit, Limit, Turn, Usage
 from batcher.schedule.cap import Caps
 from batcher.schedule.capacity import Breaker, Window
+from batcher.schedule.groups import Groups
 from batcher.schedule.learning import Sizes
 from batcher.schedule.quota import Amounts, Quota
 
@@ -41,6 +43,7 @@ class Lane:
         self.quota = Quota(own, known, note, now)
         self.sizes = Sizes()
         self.caps = caps
+        self.groups = Groups()
         self.fresh: deque[Turn] = deque()
         self.again: list[tuple[float, int, float, Turn]] = []
         """A heap by when they are ready; then in order; with what each draws from the retry budget."""
@@ -52,9 +55,10 @@ class Lane:
         self._good = self.window.size
         self._note = note
 
-    def amounts(self, turn: Turn) -> Amounts:
+    def amounts(self, turn: Turn, now: float) -> Amounts:
         """What a request is charged before it is known what it takes."""
-        tokens, uncached = self.sizes.estimate(turn.request)
+        follows = turn.group is not None and self.groups.follows(turn, now)
+        tokens, uncached = self.sizes.estimate(turn.request, follows)
         return 1.0, tokens, uncached
 
     def cap(self, turn: Turn, caps: Caps, now: float) -> None:
@@ -81,6 +85,18 @@ class Lane:
         cap = caps.next(floor)
         return cap if cap <= room else int(room)
 
+    @property
+    def waiting(self) -> int:
+        """Rows that were never sent yet."""
+        return len(self.fresh) + self.groups.held
+
+    def soonest(self) -> tuple[float, float, str]:
+        """Where none may go yet: from when on one may, what it draws from the retry budget, and what is waited for."""
+        ready, _, cost, _ = self.again[0] if self.again else (inf, 0, 0.0, None)
+        if self.groups.held and self.groups.until < ready:
+            return self.groups.until, 0.0, "groups"
+        return ready, cost, "retries"
+
     def push(self, turn: Turn, order: int, cost: float) -> None:
         """A row that is to be asked again."""
         heapq.heappush(self.again, (turn.ready, order, cost, turn))
@@ -91,11 +107,12 @@ class Lane:
         Rows that are asked again go first, but for the probes of an outage: those are made by rows that have not
         failed yet, so that an outage uses up nobody's attempts.
         """
-        spared = self.fresh and self.breaker.doubtful
+        first = self.groups.first(self.fresh, now)
+        spared = first is not None and self.breaker.doubtful
         if self.again and self.again[0][0] <= now and self.again[0][2] <= budget and not spared:
             _, _, cost, turn = self.again[0]
             return turn, cost
-        return (self.fresh[0], 0.0) if self.fresh else None
+        return None if first is None else (first, 0.0)
 
     def drop(self, turn: Turn) -> None:
         """The row that was next is on its way."""
@@ -123,9 +140,12 @@ class Lane:
         if self.breaker.observe(False, self.out, now, sent=sent):
             self._back(now)
         self.out -= 1
+        if turn.group is not None:
+            self.groups.ended(turn, True, self.fresh)
         prompt, completion = usage.prompt_tokens, usage.completion_tokens
         if prompt is not None and completion is not None:
-            self.sizes.answered(turn.request, prompt, completion, usage.cached_tokens or 0)
+            followed = turn.group is not None and not turn.leads
+            self.sizes.answered(turn.request, prompt, completion, usage.cached_tokens or 0, followed)
             used = prompt + completion
             self.quota.settle((0.0, amounts[1] - used, amounts[2] - used + (usage.cached_tokens or 0)), now)
             if self.caps is not None:
@@ -153,6 +173,8 @@ class Lane:
         elif kind not in _TELLS_NOTHING:
             self._observe(kind in _BROKEN, kind, sent, now)
         self.out -= 1
+        if turn.group is not None:
+            self.groups.ended(turn, False, self.fresh)
         if kind in _NOT_CONSUMED:
             self.quota.give_back(amounts, now)
         self.quota.told(failure.limits, sent, marks, now)

@@ -90,25 +90,29 @@ class Returns:
 class Sizes:
     """How many tokens requests of one model take, as usage comes back."""
 
-    __slots__ = ("_cached_share", "_output_guess", "_prompt_ratio", "_reserved")
+    __slots__ = ("_cached_shares", "_output_guess", "_prompt_ratio", "_reserved")
 
     def __init__(self) -> None:
         self._prompt_ratio = 1.0
         self._output_guess = FIRST_OUTPUT_GUESS
         self._reserved = 0.0
-        self._cached_share = 0.0
+        self._cached_shares = [0.0, 0.0]
+        """Of prompts: of those that go by themselves or ahead, and of those that follow another of their group."""
 
-    def estimate(self, request: Request) -> tuple[float, float]:
-        """The tokens that will be reserved for a request: all, and those that no cache has."""
+    def estimate(self, request: Request, follows: bool = False) -> tuple[float, float]:
+        """The tokens that will be reserved for a request: all, and those that no cache has.
+
+        `follows` says that another of its group has gone before it.
+        """
         output = request.output_tokens or max(self._output_guess, self._reserved)
         prompt = self._prompt_ratio * request.prompt_tokens
-        return prompt + output, prompt * (1.0 - self._cached_share) + output
+        return prompt + output, prompt * (1.0 - self._cached_shares[follows]) + output
 
-    def answered(self, request: Request, prompt: int, completion: int, cached: int) -> None:
+    def answered(self, request: Request, prompt: int, completion: int, cached: int, followed: bool = False) -> None:
         """An answer tells what its request took."""
         self._prompt_ratio += _SLOWLY * (prompt / request.prompt_tokens - self._prompt_ratio)
         self._output_guess += _SLOWLY * (completion - self._output_guess)
-        self._cached_share += _SLOWLY * (cached / max(1, prompt) - self._cached_share)
+        self._cached_shares[followed] += _SLOWLY * (cached / max(1, prompt) - self._cached_shares[followed])
 
     def refused(self) -> None:
         """More is reserved for an answer without a cap than was charged here: refusals teach how much."""
