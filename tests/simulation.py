@@ -378,9 +378,16 @@ def money(world: World) -> None:
         world.sections["schedule"]["budget_usd"] = dearest + len(world.rows) * 10 ** world.draw.uniform(-5, -3.5)
 
 
+def groups(world: World) -> None:
+    """Rows that begin alike and go together, by a key that is found or given."""
+    if world.draw.random() < 0.75:
+        return
+    world.sections["request"]["prompt_cache_key"] = world.draw.choice(["auto", "{{ text[:4] }}"])
+
+
 SHAPES: tuple[Callable[[World], None], ...] = (
     *(sizes, columns, rows_that_cannot, schema, completions, limits, retries, faults, growth, weather, endings),
-    *(some_rows, account, twins, money),
+    *(some_rows, account, twins, money, groups),
 )
 """Each changes the world a little; all draw from the one seed, so a new one belongs at the end."""
 
