@@ -9,8 +9,8 @@ from batcher.records import FIRST_CAP
 
 MOST = 32_768
 """The largest cap, where the service does not say that its model writes less."""
-_LEAST, _STEP = 16, 1.1
-"""Caps are chosen from these steps: the smallest, and how much larger each is than the one before."""
+_LEAST, _STEP = 4, 1.1
+"""Caps are chosen from these steps: the smallest, and how much larger each is than the one before, if not by one."""
 _LEAP = 5
 """Steps from the cap that cut an answer off to the next one at least: half as much again, so that attempts are few."""
 _ENOUGH = 10
@@ -162,5 +162,5 @@ def _steps() -> list[int]:
     steps, size = [], float(_LEAST)
     while size < MOST:
         steps.append(round(size))
-        size *= _STEP
+        size = max(size + 1, size * _STEP)
     return [*steps, MOST]
