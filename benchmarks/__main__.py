@@ -81,7 +81,6 @@ def main() -> None:
         answers += budget(arguments.seeds)
     if arguments.question in (None, "rehearse"):
         answers += rehearsals()
-    show(answers)
     if arguments.question in (None, "dispatcher"):
         answers += dispatcher()
     if answers:

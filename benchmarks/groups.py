@@ -129,13 +129,16 @@ def groups(prefixes: int, path: Path) -> bool:
         ("shuffled, grouped", lambda: shared(prefixes, SHARING, True), "auto", small),
         ("shuffled", lambda: shared(prefixes, SHARING, True), None, small),
         ("sorted, grouped", lambda: shared(prefixes, SHARING, False), "auto", small),
+        ("sorted", lambda: shared(prefixes, SHARING, False), None, small),
         ("one prompt, grouped", lambda: prompted(4_000), "auto", bound),
         ("one prompt", lambda: prompted(4_000), None, bound),
     ]
     if path.exists():
         cases += [
             ("bbh, grouped", lambda: bbh(path)[0], "auto", small),
+            ("bbh", lambda: bbh(path)[0], None, small),
             ("bbh sorted, grouped", lambda: bbh(path)[1], "auto", small),
+            ("bbh sorted", lambda: bbh(path)[1], None, small),
         ]
     found: dict[str, Result] = {}
     for name, rows, key, settings in cases:
@@ -143,10 +146,11 @@ def groups(prefixes: int, path: Path) -> bool:
         result = found[name] = play(table, key, settings)
         told = f"cached {result.cached:.1%}, {len(table) / result.seconds * 60:,.0f} rows a minute"
         print(f"  {name}: {told}, {result.replicas} replicas used", flush=True)
-    grouped, plain, ordered = (found[name] for name in ("shuffled, grouped", "shuffled", "sorted, grouped"))
+    grouped, plain = found["shuffled, grouped"], found["shuffled"]
+    ordered = max(found[name].cached for name in ("sorted, grouped", "sorted"))
     one, without = found["one prompt, grouped"], found["one prompt"]
     bars = [
-        ("cached share >= 95 % of a full sort's", grouped.cached >= 0.95 * ordered.cached),
+        ("cached share >= 95 % of a full sort's", grouped.cached >= 0.95 * ordered),
         ("rows a minute >= 2 x without groups", 2 * grouped.seconds <= plain.seconds),
         (
             "one prompt: no slower (1 %), all replicas",
@@ -154,8 +158,8 @@ def groups(prefixes: int, path: Path) -> bool:
         ),
     ]
     if path.exists():
-        share = found["bbh, grouped"].cached
-        bars.append(("bbh: within 2 points of a full sort", share >= found["bbh sorted, grouped"].cached - 0.02))
+        ordered = max(found[name].cached for name in ("bbh sorted, grouped", "bbh sorted"))
+        bars.append(("bbh: within 2 points of a full sort", found["bbh, grouped"].cached >= ordered - 0.02))
     for bar, held in bars:
         print(f"  {bar}: {'pass' if held else 'MISS'}")
     return all(held for _, held in bars)

@@ -136,6 +136,16 @@ def test_rows_that_begin_alike_are_brought_together(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_large_group_has_several_keys(tmp_path: Path) -> None:
+    """One for every 64 rows, so that other replicas serve it too; each begins with a row that goes ahead."""
+    texts = [("a" if row % 3 == 0 else str(row)) * 3000 for row in range(390)]
+    window = Window(tmp_path)
+    window.put(composed(texts))
+    keys = [one.request.cache_key for one in taken(window) if one.request.row % 3 == 0]
+    assert [keys.count(key) for key in dict.fromkeys(keys)] == [64, 64, 2]
+    assert None not in keys
+
+
 def test_a_prefix_of_most_rows_ties_nobody(tmp_path: Path) -> None:
     """One system prompt for all: the input's order, no key, nobody waits for another."""
     window = Window(tmp_path)

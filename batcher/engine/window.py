@@ -91,13 +91,13 @@ class Window:
         taken: list[Turn] = []
         try:
             while self._rows and len(taken) < TOGETHER:
-                group, rows, large = self._next()
+                group, rows = self._next()
                 for row in rows:
                     waiting = self._rows[row]
                     waiting.segment.file.seek(waiting.start)
                     turn = _decode(waiting.segment.file.read(waiting.size))
                     self._leave(row, waiting)
-                    taken.append(turn if group is None else self._named(turn, group, large))
+                    taken.append(turn if group is None else self._named(turn, group))
         except OSError as error:
             raise StorageError.of(self._folder, error) from None
         return taken
@@ -129,26 +129,26 @@ class Window:
             else:
                 self._sharing[prefix] = {known: None, row: None}
 
-    def _next(self) -> tuple[bytes | None, list[int], bool]:
-        """Which rows go next, by what they belong together, and whether this is a large group."""
+    def _next(self) -> tuple[bytes | None, list[int]]:
+        """Which rows go next, and by what they belong together."""
         oldest, waiting = next(iter(self._rows.items()))
         group = self._group(waiting)
         if group is None:
-            return None, [oldest], False
+            return None, [oldest]
         sharing, rows = self._sharing[group], [oldest]
         here = sharing if isinstance(sharing, dict) else {oldest: None}
         large = self._gone.get(group, 0) + len(here) > TOGETHER
         if large and self._bytes / len(here) <= SOON * BYTES_PER_TOKEN:
             if 2 * len(here) <= len(self._rows):
-                return group, [oldest], True
+                return group, [oldest]
             self._count(group)  # most rows begin with it: nobody waits for a leader
-            return None, [oldest], True
+            return None, [oldest]
         for looked_at, row in enumerate(here):
             if len(rows) >= TOGETHER or looked_at >= 4 * TOGETHER:
                 break
             if row != oldest and self._group(self._rows[row]) == group:  # others share more with one another
                 rows.append(row)
-        return group, rows, large
+        return group, rows
 
     def _group(self, waiting: _Waiting) -> bytes | None:
         """The longest prefix that a row shares with another one, here or gone."""
@@ -176,14 +176,15 @@ class Window:
         if len(self._gone) > _REMEMBERED:
             self._gone.popitem(last=False)
 
-    def _named(self, turn: Turn, group: bytes, large: bool) -> Turn:
+    def _named(self, turn: Turn, group: bytes) -> Turn:
         """A row with the name of its group, and with a key where the job leaves it to be found.
 
-        A key ties its rows to one replica: a large group goes without, so that all replicas serve it.
+        A key ties its rows to one replica: a large group gets several, one after the other, so that all serve it.
         """
         self._count(group)
-        turn.group = group.hex()
-        if turn.request.prefixes and not large:
+        turn.group, nth = group.hex(), (self._gone[group] - 1) // TOGETHER
+        if turn.request.prefixes:
+            turn.group += f"-{nth}" if nth else ""
             turn.request = keyed(turn.request, turn.group)
             turn.plain = None if turn.plain is None else keyed(turn.plain, turn.group)
         return turn
