@@ -7,6 +7,8 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -65,11 +67,21 @@ class Schedule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tokens_per_minute: _Rate | Literal["auto"] = "auto"
     uncached_tokens_per_minute: _Rate | Literal["auto"] = "auto"
     wait: bool = True
-    service_tier: Tier | None = None
+    service_tier: Tier | Annotated[list[Tier], Meta(min_length=1)] | None = None
+    """Of a list, what one tier has no room for goes to the next; with a deadline, what would be late."""
     queue_threshold: Annotated[float, Meta(ge=0.05, le=20)] | None = None
     """Seconds once read."""
+    deadline: float | datetime | None = None
+    """Seconds from the first start once read, or a time with its zone."""
     budget_usd: Annotated[float, Meta(gt=0, le=1e9)] | None = None
     dedupe: bool = False
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """The service tiers in the order in which they are tried."""
+        if self.service_tier is None:
+            return ()
+        return tuple(self.service_tier) if isinstance(self.service_tier, list) else (self.service_tier,)
 
 
 class Retry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -157,10 +169,7 @@ _WITHOUT_CHAT = ("endpoint", "body", "extra", *READING)
 _KEY_ITSELF = re.compile(r"(?=.*\d)(?=.*[a-z])\w{24,}", re.ASCII)
 """What nobody calls a variable: a service's key, some of which are words."""
 
-_LATER = {
-    "schedule": ("deadline",),
-    "": ("sweep",),
-}
+_LATER = ("sweep",)
 _SECTIONS: dict[str, type[Struct]] = {
     "input": Input,
     "service": Service,
@@ -401,7 +410,7 @@ def from_document(
     """The job that a file's tables describe."""
     top = ("name", "request", *_SECTIONS)
     for key in document:
-        if key in _LATER[""]:
+        if key in _LATER:
             raise JobError(f"{origin}: [{key}] is not supported yet")
         if key not in top:
             raise _unknown("", key, top, origin)
@@ -432,7 +441,6 @@ def duration(text: object) -> float:
 def _section(kind: type[_Section], name: str, given: Mapping[str, object], origin: str) -> _Section:
     fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
     for key in given:
-        _refuse_later(name, key, origin)
         if key not in fields:
             raise _unknown(name, key, fields, origin)
     try:
@@ -450,9 +458,6 @@ def _section(kind: type[_Section], name: str, given: Mapping[str, object], origi
 
 def _schedule(given: Mapping[str, object], request: Mapping[str, object], origin: str) -> Schedule:
     values = dict(given)
-    tier = values.get("service_tier")
-    if isinstance(tier, list):
-        raise JobError(f"{origin}: schedule.service_tier: a list of tiers is not supported yet; name one")
     if "queue_threshold" in values:
         try:
             values["queue_threshold"] = seconds = duration(values["queue_threshold"])
@@ -462,15 +467,33 @@ def _schedule(given: Mapping[str, object], request: Mapping[str, object], origin
             raise JobError(
                 f"{origin}: schedule.queue_threshold: from 50 ms to 20 s, not {shown(given['queue_threshold'])}"
             )
+    if "deadline" in values:
+        values["deadline"] = _deadline(values["deadline"], origin)
     schedule: Schedule = _section(Schedule, "schedule", values, origin)
-    whole = "body" in request
-    if tier is not None and whole:
+    whole, tiers = "body" in request, schedule.tiers
+    if len(set(tiers)) < len(tiers):
+        raise JobError(f"{origin}: schedule.service_tier: a tier may stand in the list once")
+    if tiers and whole:
         raise JobError(f"{origin}: schedule.service_tier: whole requests name their own service_tier")
-    if tier is not None and request.get("endpoint") == "completions":
+    if tiers and request.get("endpoint") == "completions":
         raise JobError(f"{origin}: schedule.service_tier: not with endpoint = 'completions', which has no tiers")
-    if schedule.queue_threshold is not None and tier not in ("flex", "auto") and not whole:
+    if schedule.queue_threshold is not None and not {"flex", "auto"} & {*tiers} and not whole:
         raise JobError(f'{origin}: schedule.queue_threshold: only with service_tier = "flex" or "auto"')
     return schedule
+
+
+def _deadline(given: object, origin: str) -> float | datetime:
+    """Seconds, or a moment; without a zone it is this machine's."""
+    if isinstance(given, datetime):
+        return given.astimezone()
+    with suppress(ValueError):
+        if (seconds := duration(given)) > 0:
+            return seconds
+    if isinstance(given, str):
+        with suppress(ValueError, OverflowError):
+            return datetime.fromisoformat(given).astimezone()
+    may_be = 'a duration such as "6h", or a time such as 2027-01-31T06:00:00Z'
+    raise JobError(f"{origin}: schedule.deadline: {may_be}, not {shown(given)}")
 
 
 def _score(given: Mapping[str, object], origin: str) -> Score:
@@ -569,7 +592,6 @@ def _request(
     chat = endpoint == "chat"
     known = CHAT if chat else COMPLETIONS
     for key in given:
-        _refuse_later("request", key, origin)
         own = _SHORTHANDS if chat else _WITHOUT_CHAT
         if key not in known and key not in own:
             if key in {*CHAT, *COMPLETIONS, *_SHORTHANDS}:
@@ -761,11 +783,6 @@ def _schema(given: object, folder: Path, where: str, texts: dict[str, str]) -> t
     return schema, str(schema.get("title") or Path(given).name.split(".")[0])
 
 
-def _refuse_later(section: str, key: str, origin: str) -> None:
-    if key in _LATER.get(section, ()):
-        raise JobError(f"{origin}: {section}.{key} is not supported yet")
-
-
 def _override(document: dict[str, Any], setting: str) -> list[str]:
     """Change one key of a job's tables; where it stands, from its section on."""
     key, equals, text = setting.partition("=")
@@ -786,7 +803,7 @@ def _override(document: dict[str, Any], setting: str) -> list[str]:
 
 def _unknown(section: str, key: str, known: Iterable[str], origin: str) -> JobError:
     """What to say of a key that is not there: the one that was meant, or the section that has it."""
-    homes = {name: {*kind.__struct_fields__, *_LATER.get(name, ())} for name, kind in _SECTIONS.items()}
+    homes = {name: {*kind.__struct_fields__} for name, kind in _SECTIONS.items()}
     homes["request"] = {*CHAT, *COMPLETIONS, *_SHORTHANDS}
     close = difflib.get_close_matches(key, sorted(known), n=1)
     home = next((name for name, keys in homes.items() if key in keys), None)

@@ -47,8 +47,8 @@ _Compile = Callable[[object, set[str]], _Render | None]
 class Composer:
     """The `[request]` section, compiled. `names` are the columns it needs.
 
-    `response_format` is the API's own object where the job gave a schema. `tier` is the service tier that every request
-    asks for. Below `folders` lie the images that rows may name; relative paths start from the first.
+    `response_format` is the API's own object where the job gave a schema. Every request asks for the first of the
+    service `tiers`. Below `folders` lie the images that rows may name; relative paths start from the first.
     Raises JobError where a template cannot be compiled.
     """
 
@@ -57,11 +57,10 @@ class Composer:
         template: RequestTemplate,
         response_format: Mapping[str, object] | None,
         origin: str,
-        tier: str | None = None,
+        tiers: Sequence[str] = (),
         folders: Sequence[Path] = (),
     ) -> None:
         self._endpoint = template.endpoint
-        self._tier = tier
         self._templates = _Templates(folders)
         key = template.parameters.get("prompt_cache_key")
         self._finds_key = key == "auto"
@@ -75,8 +74,8 @@ class Composer:
             del parameters["prompt_cache_key"]
         if response_format is not None:
             parameters["response_format"] = response_format
-        if tier is not None:
-            parameters["service_tier"] = tier
+        if tiers:
+            parameters["service_tier"] = tiers[0]
         if template.learned_cap is not None:
             parameters[template.learned_cap] = FIRST_CAP
         said = _NOTHING
@@ -94,6 +93,8 @@ class Composer:
                 said = said.and_(_measured(name, value, encoded))
         self._said = said
         self._extra: dict[str, object] = {name: msgspec.Raw(_encode(value)) for name, value in template.extra.items()}
+        if len(tiers) > 1:  # behind all that a row or the job has said, so that it is found there
+            self._extra["service_tier"] = self._fixed.pop("service_tier")
         self._learned_cap = template.learned_cap
         if template.learned_cap is not None:  # last in the body, so that another may be put in its place
             self._extra[template.learned_cap] = self._fixed.pop(template.learned_cap)

@@ -112,6 +112,15 @@ class Request(msgspec.Struct, frozen=True, gc=False):
         body = b"%b%d}" % (self.body[: self.body.rindex(b":") + 1], tokens)
         return msgspec.structs.replace(self, body=body, output_tokens=tokens)
 
+    def on(self, tier: str) -> "Request":
+        """The same for another service tier, of a list of them; the hash stays."""
+        if tier == self.tier:
+            return self
+        before, after = (b'"service_tier":"%b"' % str(each).encode() for each in (self.tier, tier))
+        at = self.body.rindex(before)
+        body = self.body[:at] + after + self.body[at + len(before) :]
+        return msgspec.structs.replace(self, body=body, tier=tier)
+
 
 class Turn(msgspec.Struct, gc=False):
     """A request on its way: how often it was asked, and since when (monotonic seconds) it could have gone."""
@@ -489,6 +498,10 @@ class Snapshot(NamedTuple):
     spent_usd: float | None = None
     until: float | None = None
     """The Unix time until which nothing goes, where it is known and a minute or more away."""
+    deadline: float | None = None
+    """The Unix time by which all rows should be done; None where the job has no deadline."""
+    late: float | None = None
+    """Seconds after the deadline at which they will be, with all tiers; below 0: before it; None: not known."""
 
 
 class Second(msgspec.Struct, kw_only=True):
@@ -571,6 +584,10 @@ class Summary(msgspec.Struct, kw_only=True):
     budget_usd: float | None = None
     """None where the job has no budget, as `spent`."""
     spent: Spending | None = None
+    deadline: str | None = None
+    """None where the job has no deadline."""
+    late: float | None = None
+    """Seconds after the deadline at which the run was complete, below 0: before it; None where it is not complete."""
 
 
 class Status(msgspec.Struct, kw_only=True):
@@ -613,6 +630,10 @@ class Status(msgspec.Struct, kw_only=True):
     cost_usd: float | None = 0.0
     budget_usd: float | None = None
     """None where the last run had no budget, as `spent`."""
+    deadline: float | None = None
+    """Unix time; None where the last run had none."""
+    late: float | None = None
+    """Seconds after it at which all rows will be done, as a live run sees it; below 0: before it."""
     spent: Spending | None = None
     parts: int = 0
     complete_parts: int = 0

@@ -75,11 +75,12 @@ MEANINGS: Mapping[str, str] = {
     "service.transport": "The HTTP library; the faster one that is installed when absent.",
     "schedule": "How much may be under way.",
     "schedule.budget_usd": "What all runs of the output may spend, in USD; never exceeded.",
+    "schedule.deadline": "When all rows should be done: a time, or a span from the first start.",
     "schedule.dedupe": "Ask requests that are the same once, at temperature 0 or with a seed.",
     "schedule.max_in_flight": "The most requests at once; auto finds it.",
     "schedule.queue_threshold": "Refuse a request rather than let it wait longer: 50 ms to 20 s, for flex and auto.",
     "schedule.requests_per_minute": "A ceiling; auto is what the service is found to allow.",
-    "schedule.service_tier": "The service tier of all requests.",
+    "schedule.service_tier": "The service tier of all requests; of a list, what one has no room for goes to the next.",
     "schedule.tokens_per_minute": "The same for prompt and answer tokens together.",
     "schedule.uncached_tokens_per_minute": "The same without tokens from the service's cache.",
     "schedule.wait": "Wait for a limit of an hour or a day; false: the run ends with 75 instead.",
@@ -101,6 +102,7 @@ MEANINGS: Mapping[str, str] = {
 }
 """What each section and key is for, in a line."""
 
+_MOMENT = r"^\d{4}-?\d\d-?\d\d"
 _VARIABLE = {"pattern": "^[A-Za-z_][A-Za-z0-9_]*$"}
 _BY_HAND: Mapping[str, _Schema] = {
     "service.api_key_env": _VARIABLE,
@@ -108,6 +110,7 @@ _BY_HAND: Mapping[str, _Schema] = {
     "service.base_url": {"pattern": f"^({SIMULATOR}$|https?://[^@?#]+$)"},
     "service.timeout": {"$ref": "#/$defs/duration", "default": "10m"},
     "schedule.queue_threshold": {"$ref": "#/$defs/duration"},
+    "schedule.deadline": {"anyOf": [{"$ref": "#/$defs/duration"}, {"type": "string", "pattern": _MOMENT}]},
     "score.method": {"anyOf": [{"enum": [*METHODS]}, {"pattern": r"^\w+(\.\w+)*:\w+(\.\w+)*$"}]},
     "score.answer": {"anyOf": [{"pattern": rf"^({REGEX}|({'|'.join(ANSWER)})(\.|$))"}, {"pattern": r"\{[{%#]"}]},
 }

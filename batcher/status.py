@@ -116,6 +116,7 @@ def _tell(found: Status, note: Note, ledger: sqlite3.Connection) -> None:
     found.total, found.troubles = snapshot.total, note.troubles
     found.in_flight, found.window, found.waiting = snapshot.in_flight, snapshot.window, snapshot.waiting
     found.binds, found.buckets = snapshot.binds, dict(snapshot.buckets)
+    found.deadline, found.late = snapshot.deadline, snapshot.late
     found.decisions = note.decisions
     lines = list(timeline_of(ledger, note.time - SHOWN))
     last = added_up(0, [line for line in lines if line.time + line.seconds > note.time - NOW])

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 from benchmarks.budget import budget
+from benchmarks.deadline import deadline
+from benchmarks.deadline import plots as deadline_plots
 from benchmarks.dispatcher import dispatcher
 from benchmarks.groups import groups
 from benchmarks.large import large
-from benchmarks.measure import ROOT, Answer, machine, raise_open_files
+from benchmarks.measure import Answer, machine, raise_open_files
 from benchmarks.memory import memory
 from benchmarks.overhead import latency, overhead
 from benchmarks.parse import parse
@@ -20,7 +22,7 @@ from benchmarks.transport import transport
 
 QUESTIONS = (
     *("overhead", "latency", "memory", "large", "resume", "payload", "parse", "transport", "budget", "rehearse"),
-    *("dispatcher", "groups", "schedule"),
+    *("dispatcher", "groups", "deadline", "schedule"),
 )
 
 
@@ -49,10 +51,10 @@ def main() -> None:
     parser.add_argument(
         "--sockets", action="store_true", help="schedule: its first two cases over real sockets instead"
     )
-    parser.add_argument("--plots", type=Path, help="schedule: draw some cases into this folder instead")
-    parser.add_argument("--lengths", help="Parquet file of prompt_tokens and completion_tokens for schedule")
+    parser.add_argument("--plots", type=Path, help="schedule, deadline: draw some cases into this folder instead")
+    parser.add_argument("--lengths", help="schedule, deadline: Parquet file of prompt_tokens and completion_tokens")
     parser.add_argument("--prefixes", type=int, default=5_000, help="of groups, with four rows each (5,000)")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of bbh.parquet")
+    parser.add_argument("--questions", type=Path, help="of groups: Parquet file with task, few_shot and question")
     arguments = parser.parse_args()
     if min(arguments.pairs, arguments.rows, arguments.seeds) < 1:
         parser.error("--pairs, --rows and --seeds start at 1")
@@ -85,7 +87,11 @@ def main() -> None:
         answers += dispatcher()
     if answers:
         show(answers)
-    good = arguments.question not in (None, "groups") or groups(arguments.prefixes, arguments.data / "bbh.parquet")
+    good = arguments.question not in (None, "groups") or groups(arguments.prefixes, arguments.questions)
+    if arguments.question == "deadline" and arguments.plots:
+        deadline_plots(arguments.plots, arguments.lengths)
+    elif arguments.question in (None, "deadline"):
+        good = deadline(arguments.seeds, arguments.lengths) and good
     if arguments.question == "schedule" and arguments.plots:
         plots(arguments.plots, arguments.lengths)
     elif arguments.question == "schedule" and arguments.sockets:

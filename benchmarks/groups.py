@@ -1,6 +1,6 @@
 """What the service's cache gives to rows that share prefixes, grouped and not, in virtual time.
 
-    python -m benchmarks groups [--prefixes N] [--data DIR]
+    python -m benchmarks groups [--prefixes N] [--questions FILE]
 
 The client is the whole engine, the service the simulator's model with its caches; only sockets and time are missing.
 """
@@ -122,7 +122,7 @@ def prompted(rows: int) -> pa.Table:
     )
 
 
-def groups(prefixes: int, path: Path) -> bool:
+def groups(prefixes: int, questions: Path | None) -> bool:
     """Print what each case comes to; whether every bar is met."""
     small, bound = {"cache_tokens": SMALL_CACHE}, {"capacity": 64, "seconds_per_completion_token": 0.01}
     cases: list[tuple[str, Callable[[], pa.Table], str | None, dict[str, Any]]] = [
@@ -133,12 +133,12 @@ def groups(prefixes: int, path: Path) -> bool:
         ("one prompt, grouped", lambda: prompted(4_000), "auto", bound),
         ("one prompt", lambda: prompted(4_000), None, bound),
     ]
-    if path.exists():
+    if questions is not None:
         cases += [
-            ("bbh, grouped", lambda: bbh(path)[0], "auto", small),
-            ("bbh", lambda: bbh(path)[0], None, small),
-            ("bbh sorted, grouped", lambda: bbh(path)[1], "auto", small),
-            ("bbh sorted", lambda: bbh(path)[1], None, small),
+            ("bbh, grouped", lambda: bbh(questions)[0], "auto", small),
+            ("bbh", lambda: bbh(questions)[0], None, small),
+            ("bbh sorted, grouped", lambda: bbh(questions)[1], "auto", small),
+            ("bbh sorted", lambda: bbh(questions)[1], None, small),
         ]
     found: dict[str, Result] = {}
     for name, rows, key, settings in cases:
@@ -157,7 +157,7 @@ def groups(prefixes: int, path: Path) -> bool:
             one.seconds <= 1.01 * without.seconds and one.replicas == REPLICAS,
         ),
     ]
-    if path.exists():
+    if questions is not None:
         ordered = max(found[name].cached for name in ("bbh sorted, grouped", "bbh sorted"))
         bars.append(("bbh: within 2 points of a full sort", found["bbh, grouped"].cached >= ordered - 0.02))
     for bar, held in bars:

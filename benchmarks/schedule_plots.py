@@ -56,6 +56,22 @@ def plot(path: Path, title: str, runs: Mapping[str, Books], bucket: str | None, 
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
+def lines(path: Path, word: str, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> None:
+    """Draw curves of points (seconds, figure) by name, a panel for each title; `word` says what the figures are."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 0.6 + 2.0 * len(panels)), layout="constrained")
+        axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for one, (title, curves) in zip(axes, panels.items(), strict=True):
+            for (name, points), colour in zip(curves.items(), ("#0b6e4f", "#c8553d", "#4059ad"), strict=False):
+                one.plot([at for at, _ in points], [y for _, y in points], color=colour, label=name, linewidth=1.3)
+            one.set_title(title, loc="left", fontsize=10)
+            one.set_ylabel(word)
+            one.set_ylim(0)
+        axes[-1].set_xlabel("seconds")
+        figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
 def _share(run: Books, bucket: str | None, at: float) -> float:
     """Of what flowed in, or of the places, in the step that ends now."""
     if bucket is None:

@@ -385,9 +385,22 @@ def groups(world: World) -> None:
     world.sections["request"]["prompt_cache_key"] = world.draw.choice(["auto", "{{ text[:4] }}"])
 
 
+def tiers(world: World) -> None:
+    """Several tiers, in any order, some with a deadline that may be missed."""
+    draw = world.draw
+    if draw.random() < 0.75 or "endpoint" in world.sections["request"]:
+        return
+    schedule, some = world.sections["schedule"], draw.sample(["flex", "default", "auto"], draw.randint(1, 3))
+    schedule["service_tier"] = some if len(some) > 1 else some[0]
+    if draw.random() < 0.5:
+        schedule["deadline"] = draw.choice(["5s", "1m", "1h"])
+    if draw.random() < 0.5:
+        world.settings["capacities"] = {draw.choice(["flex", "default"]): draw.randint(4, 20)}
+
+
 SHAPES: tuple[Callable[[World], None], ...] = (
     *(sizes, columns, rows_that_cannot, schema, completions, limits, retries, faults, growth, weather, endings),
-    *(some_rows, account, twins, money, groups),
+    *(some_rows, account, twins, money, groups, tiers),
 )
 """Each changes the world a little; all draw from the one seed, so a new one belongs at the end."""
 
@@ -725,7 +738,11 @@ def no_more_than_allowed(world: World) -> None:
     in_flight = world.sections["schedule"]["max_in_flight"]
     if in_flight != "auto":
         assert world.front.peak_in_flight <= in_flight, f"O5: {world.front.peak_in_flight} in flight"
-    limit: int = world.sections["schedule"].get("requests_per_minute", 0)
+    tiers = world.sections["schedule"].get("service_tier")
+    limit = world.sections["schedule"].get("requests_per_minute", 0) * (len(tiers) if isinstance(tiers, list) else 1)
+    theirs = world.settings.get("requests_per_minute")
+    if theirs is not None and theirs <= limit:
+        return  # the service's own, smaller limit takes its place, and the service sees to that
     unsent = any(spell.what in UNSENT for spell in world.weather)  # what did not get through is given back, unseen here
     for life in world.lives if limit and not unsent else ():
         mine = [entry for entry in world.front.book if life.start <= entry.arrived <= life.stop]

@@ -246,7 +246,14 @@ WRONG = [
     ("schedule.requests_per_minute", 0, ["schedule.requests_per_minute: a number above 0"]),
     ("schedule.tokens_per_minute", float("inf"), ["schedule.tokens_per_minute: a number above 0"]),
     ("schedule.tokens_per_minute", float("nan"), ["schedule.tokens_per_minute: a number above 0"]),
-    ("schedule.service_tier", "slow", ["schedule.service_tier: priority or default or auto or flex, not 'slow'"]),
+    (
+        "schedule.service_tier",
+        "slow",
+        ["schedule.service_tier: priority or default or auto or flex or a list of at least 1, not 'slow'"],
+    ),
+    ("schedule.deadline", "soon", ['schedule.deadline: a duration such as "6h", or a time such as', "not 'soon'"]),
+    ("schedule.deadline", 0, ["schedule.deadline: a duration"]),
+    ("schedule.deadline", True, ["schedule.deadline: a duration"]),
     ("schedule.queue_threshold", "2s", ['schedule.queue_threshold: only with service_tier = "flex" or "auto"']),
     ("schedule.queue_threshold", "20ms", ["schedule.queue_threshold: from 50 ms to 20 s, not '20ms'"]),
     ("schedule.queue_threshold", "21s", ["schedule.queue_threshold: from 50 ms to 20 s"]),
@@ -278,8 +285,6 @@ WRONG = [
 ]
 LATER = [
     ("sweep", {"model": ["a", "b"]}),
-    ("schedule.service_tier", ["flex", "default"]),
-    ("schedule.deadline", "6h"),
 ]
 
 
@@ -571,7 +576,7 @@ def test_overrides_make_sections_and_the_last_one_counts(tmp_path: Path) -> None
         ("request.temprature=1", "job.toml: unknown key request.temprature; did you mean temperature?"),
         ("request.temperature=hot", "job.toml: request.temperature: a number from 0 to 2, not 'hot'"),
         ("request=5", "job.toml: request: a section, please: [request]"),
-        ("schedule.deadline=6h", "job.toml: schedule.deadline is not supported yet"),
+        ("schedule.deadline=soon", 'job.toml: schedule.deadline: a duration such as "6h", or a time such as'),
         ("colour=blue", "job.toml: unknown key colour"),
         ("a\nb", "section.key=value, please"),
     ],

@@ -601,7 +601,7 @@ def test_extra_goes_last_and_untouched(tmp_path: Path, book: Book) -> None:
 def test_the_order_of_the_job_is_that_of_the_body() -> None:
     """Whether a value is fixed or made by row."""
     made = Composer(
-        job(user="{{ v }}", model="m", seed="{{ 7 }}", top_p=1, prompt="hi").request, None, "job", "flex"
+        job(user="{{ v }}", model="m", seed="{{ 7 }}", top_p=1, prompt="hi").request, None, "job", ["flex"]
     ).compose(Row(0, {"v": "u"}))
     assert isinstance(made, Request)
     assert [*json.loads(made.body)] == ["user", "model", "seed", "top_p", "messages", "service_tier"]

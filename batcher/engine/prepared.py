@@ -4,6 +4,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ def prepare(job: Job, base_url: str | None = None, table: object = None) -> Prep
     if job.retry.repair and parser is None:
         raise JobError(f"{origin}: retry.repair: nothing reads the answers; give choices, parse or response_format")
     form, note = _format(template, way.dialect)
-    composer = Composer(template, form, origin, job.schedule.service_tier, (job.folder, *_input_folders(job)))
+    composer = Composer(template, form, origin, job.schedule.tiers, (job.folder, *_input_folders(job)))
     source = source_of(job, table)
     known = ", ".join(source.columns)
     if missing := sorted(composer.names - set(source.columns)):
@@ -275,6 +276,7 @@ def agree(ledger: Ledger, prepared: Prepared) -> Shape:
             {
                 "meaning": msgspec.json.encode(job.meaning()),
                 "kept": kept.serialize().to_pybytes(),
+                "begun": datetime.now(UTC).isoformat().encode(),
             }
         )
     else:

@@ -9,7 +9,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -36,7 +36,7 @@ from batcher.parameters import is_template
 from batcher.records import UNIT, Attempt, KnownLimit, Note, Outcome, Snapshot, Summary, Totals
 from batcher.report import money
 from batcher.retry import Guard
-from batcher.schedule import Budget, Decision, Dispatcher, Pace
+from batcher.schedule import Budget, Deadline, Decision, Dispatcher, Pace
 from batcher.sink import Shape
 from batcher.store import Results
 from batcher.transport import HttpTransport, Transport
@@ -175,6 +175,11 @@ class _Run:
         self._started, self._started_at = self._now(), datetime.now(UTC)
         self._prepared, self._ledger, self._transport, self._watcher = prepared, ledger, transport, watch
         self._budget = budget
+        self._deadline: Deadline | None = None
+        self._due = _due(schedule.deadline, ledger)
+        if self._due is not None:
+            at = self._started + (self._due - self._started_at).total_seconds()
+            self._deadline = Deadline(at, len(schedule.tiers), self._started)
         self._decisions: deque[Decision] = deque(maxlen=DECISIONS)
         self._before = _known_before(ledger)
         self._host = urlsplit(prepared.access.url).netloc
@@ -186,6 +191,8 @@ class _Run:
             memory=_memory(),
             known=[limit for limit in self._before if limit.host == self._host],
             learns_caps=prepared.job.request.learned_cap is not None,
+            tiers=schedule.tiers,
+            deadline=self._deadline,
             trace=self._decisions.append,
         )
         self._turns = Turns(self._dispatcher)
@@ -354,6 +361,7 @@ class _Run:
         for ticks in count():
             if ticks % 2 == 0:
                 self._tick()
+            self._look_at_deadline()
             if self._watcher is not None:
                 self._watcher(self._snapshot())
             await anyio.sleep(0.5)
@@ -361,6 +369,13 @@ class _Run:
                 self._end(overdue)
             elif self._press.full and self._dispatcher.idle:
                 self._decide_held()
+
+    def _look_at_deadline(self) -> None:
+        """Let the scheduler decide which tiers are needed for what is left, once it is known how much that is."""
+        asked, counts = self._feed.asked, self._counts
+        if self._deadline is not None and asked is not None:
+            self._dispatcher.left(asked - counts.answered_rows - counts.failed_rows, self._now())
+            self._turns.wake()
 
     def _enter(self, phase: str) -> None:
         self._tick()
@@ -465,6 +480,8 @@ class _Run:
             budget_usd=self._prepared.job.schedule.budget_usd,
             spent_usd=None if self._budget is None else self._budget.spent,
             until=until,
+            deadline=None if self._due is None else self._due.timestamp(),
+            late=None if self._deadline is None else self._deadline.late,
         )
 
     def _waits_until(self) -> float | None:
@@ -508,6 +525,8 @@ class _Run:
             retries=retries,
             budget_usd=self._prepared.job.schedule.budget_usd,
             spent=self._ledger.spending(),
+            deadline=None if self._due is None else self._due.isoformat(timespec="seconds"),
+            late=None if self._deadline is None or self._ending else round(self._now() - self._deadline.at, 3),
         )
         self._enter(summary.state)
         if not self._hasty:
@@ -539,6 +558,16 @@ def _budget(prepared: Prepared, ledger: Ledger) -> Budget | None:
             "name another output"
         )
     return Budget(math.inf if limit is None else limit, ledger.take_up_spending(before), prepared.most)
+
+
+def _due(given: float | datetime | None, ledger: Ledger) -> datetime | None:
+    """When all rows should be done: a span counts from the output's first start, or from that of a retry."""
+    if given is None or isinstance(given, datetime):
+        return given
+    retries = ledger.retries()
+    under_way = retries[-1].started_at if retries and retries[-1].finished_at is None else None
+    begun = under_way or (ledger.meta("begun") or b"").decode()
+    return datetime.fromisoformat(begun) + timedelta(seconds=given)
 
 
 def _known_before(ledger: Ledger) -> tuple[KnownLimit, ...]:

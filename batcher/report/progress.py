@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batcher.records import Snapshot
-from batcher.report.text import count, duration, money, printable
+from batcher.report.text import count, deadline, duration, money, printable
 
 SPAN = 10.0
 """Seconds over which speed is measured."""
@@ -141,9 +141,10 @@ class Progress:
 
 def _left(snapshot: Snapshot, speed: Rates) -> str:
     left = time_left(snapshot, speed)
+    by = f"deadline {deadline(snapshot.deadline, snapshot.late)}" if snapshot.deadline is not None else ""
     if left is None:
-        return "time left unknown"
-    return f"about {duration(left)} left" if left else ""
+        return ", ".join(filter(None, ["time left unknown", by]))
+    return ", ".join(filter(None, [f"about {duration(left)} left", by])) if left else ""
 
 
 def _held(snapshot: Snapshot) -> str:

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 from batcher.records import Second, Status
-from batcher.report.text import budget, count, duration, money, printable, size
+from batcher.report.text import budget, count, deadline, duration, money, printable, size
 
 DECISIONS = 6
 """How many of the scheduler's last decisions are shown."""
@@ -32,6 +32,7 @@ def status_text(status: Status) -> str:
         ("tokens", f"{count(status.prompt_tokens)} prompt, {count(status.completion_tokens)} completion"),
         ("cost", money(status.cost_usd)),
         ("budget", budget(status.spent, status.budget_usd)),
+        ("deadline", deadline(status.deadline, status.late if live else None)),
         ("parts", f"{count(status.parts)} published, {count(status.complete_parts)} of them complete"),
         ("ledger", size(status.ledger_bytes)),
         ("failed", _counts(status.totals.failure_kinds) if status.totals.failed == status.failed else ""),

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from itertools import islice
 
 from batcher.records import Summary, Totals
@@ -38,6 +39,7 @@ def render(summary: Summary, output: str) -> str:
             "unfit",
             f"{count(totals.unfit)} answers do not fit how they are read now: parsed is null" * bool(totals.unfit),
         ),
+        ("deadline", _deadline(summary)),
         ("time", f"{duration(summary.seconds)}, {_rate(summary)} requests per second over {summary.transport}"),
         ("", ""),
     ]
@@ -68,6 +70,15 @@ def _cost(totals: Totals) -> str:
         return money(None)
     rows = f", and {count(totals.unpriced)} rows whose price is not known" if totals.unpriced else ""
     return money(totals.cost_usd) + rows
+
+
+def _deadline(summary: Summary) -> str:
+    if summary.deadline is None:
+        return ""
+    said = f"{datetime.fromisoformat(summary.deadline).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    if summary.late is None:
+        return said
+    return f"{said}, missed by {duration(summary.late)}" if summary.late > 0 else f"{said}, met"
 
 
 def _counts(numbers: dict[str, int]) -> str:

@@ -1,6 +1,7 @@
 """Numbers and foreign text, as a terminal should show them."""
 
 import unicodedata
+from datetime import UTC, datetime
 
 from batcher.records import Spending
 
@@ -39,6 +40,16 @@ def budget(spent: Spending | None, limit: float | None) -> str:
         return ""
     lost = f" ({money(spent.lost)} of it maybe, by requests that timed out or were cut off)" if spent.lost else ""
     return f"{money(spent.usd)} of {money(limit)} spent{lost}"
+
+
+def deadline(at: float | None, late: float | None) -> str:
+    """By when all should be done (Unix time), and how it looks; nothing where there is no deadline."""
+    if at is None:
+        return ""
+    said = f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
+    if late is None:
+        return said
+    return f"{said}, about {duration(late)} late" if late >= 1 else f"{said}, in time"
 
 
 def duration(seconds: float) -> str:

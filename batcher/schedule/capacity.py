@@ -38,6 +38,11 @@ class Window:
         self._slow_at_cut: float | None = None
         """The queue time for which it was last cut: where a cut does not shorten it, it is not ours."""
 
+    @property
+    def bounded(self) -> bool:
+        """Whether congestion has shown how many may be in flight."""
+        return self._good < self.ceiling
+
     def answered(self, in_flight: int, queue_time: float | None, now: float, latency: float = 0.0) -> None:
         """An answer came while `in_flight` were out; `queue_time` is the service's own, both in seconds."""
         self._since_cut[0] += 1

@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from math import inf
 from typing import NamedTuple
 
-from batcher.records import Failure, KnownLimit, Limit, Turn, Usage
+from batcher.records import Failure, Kind, KnownLimit, Limit, Turn, Usage
 from batcher.schedule.budget import Budget
 from batcher.schedule.cap import Caps
 from batcher.schedule.capacity import Breaker, Window
-from batcher.schedule.lane import Lane
+from batcher.schedule.deadline import Deadline
+from batcher.schedule.lane import Lane, no_room
 from batcher.schedule.quota import Amounts
 
 AUTO_START = 8
@@ -17,6 +18,7 @@ RETRY_BUDGET = 500.0
 """Retries draw about 5 each and get it back when they are answered; every answer gives 0.5, every second 1."""
 FEW_WAITING, MOST_WAITING = 256, 10_000
 """Rows that should wait of each model, where its window is not larger; and that may wait of all where some has few."""
+_ONE = (1.0, 0.0, 0.0)
 _MOST_IN_FLIGHT = "schedule.max_in_flight"
 
 
@@ -79,12 +81,15 @@ class Dispatcher:
         memory: float = inf,
         known: Sequence[KnownLimit] = (),
         learns_caps: bool = False,
+        tiers: Sequence[str] = (),
+        deadline: Deadline | None = None,
         trace: Callable[[Decision], None] | None = None,
     ) -> None:
         """`ceiling` bounds what is in flight whatever the job says: open files, workers; `memory` bounds its bytes.
 
         `budget` bounds what may be spent, `known` are limits from an earlier run; `trace` is told the decisions.
-        With `learns_caps` every request that goes gets its output cap here.
+        With `learns_caps` every request that goes gets its output cap here. What the first of `tiers` has no room for
+        goes to the next ones; with a `deadline` only to those that it has opened.
         """
         self._budget = budget
         self.in_flight = 0
@@ -97,6 +102,11 @@ class Dispatcher:
         self._learns_caps = learns_caps
         self._bounds: tuple[int | None, int | None] = (None, None)
         self._trace = trace
+        self._tiers, self._several = tuple(tiers), len(tiers) > 1
+        self._deadline = deadline
+        self._open_tiers = self._most_open = 1 if deadline is not None else max(1, len(tiers))
+        self._latency = 0.0
+        """Seconds that answers take, for the deadline."""
         self._memory, self._bytes = memory, 0
         self._lanes: dict[tuple[str, str | None], Lane] = {}
         self._order: list[Lane] = [self._open("", None, now)]
@@ -124,6 +134,8 @@ class Dispatcher:
         """A row that is to be asked again from `turn.ready` on; `cost` is drawn from the retry budget as it goes."""
         self._pushed += 1
         self._waiting += 1
+        if self._several:
+            turn.request = turn.request.on(self._tiers[0])
         self._lane(turn).push(turn, self._pushed, cost)
 
     def take(self, now: float) -> Ticket | float | None:
@@ -160,12 +172,19 @@ class Dispatcher:
         self._bytes -= len(ticket.turn.request.body)
         amounts = (1.0, ticket.tokens, ticket.uncached)
         self._lane(ticket.turn).answered(ticket.turn, amounts, usage, queue_time, ticket.sent, now)
+        if ticket.turn.group is not None:
+            self._back(ticket.turn, True)
+        if self._deadline is not None:
+            self._deadline.answered(self._tier(ticket.turn))
+            self._latency += 0.01 * (now - ticket.sent - self._latency)
 
     def failed(self, ticket: Ticket, failure: Failure, now: float) -> None:
         """A request failed: give back what it did not use, and slow down for all as the refusal asks."""
         self._bytes -= len(ticket.turn.request.body)
         amounts = (1.0, ticket.tokens, ticket.uncached)
         self._lane(ticket.turn).failed(failure, ticket.turn, amounts, ticket.sent, ticket.marks, now)
+        if ticket.turn.group is not None:
+            self._back(ticket.turn, failure.kind is Kind.TRUNCATED)
 
     def may_be_longer(self, ticket: Ticket, usage: Usage | None) -> bool:
         """Whether an answer that was cut off at its learned cap may end with a larger one."""
@@ -185,6 +204,15 @@ class Dispatcher:
     def limits(self, limits: Sequence[Limit], ticket: Ticket, now: float) -> None:
         """What the service's headers say of its buckets, written for this ticket's request."""
         self._lane(ticket.turn).quota.told(limits, ticket.sent, ticket.marks, now)
+
+    def left(self, rows: int, now: float) -> None:
+        """So many rows are not done yet: decide again which tiers are needed, where there is a deadline."""
+        if self._deadline is None or (opened := self._deadline.look(rows, self._latency, now)) is None:
+            return
+        self._open_tiers = opened
+        if opened > self._most_open and self._trace is not None:  # it closes and opens again many times
+            self._most_open = opened
+            self._trace(Decision(now, f"{self._tiers[opened - 1]} is needed for the deadline: {rows:,} rows are left"))
 
     def pause(self, until: float, why: str) -> None:
         """Nothing goes before `until`."""
@@ -220,6 +248,15 @@ class Dispatcher:
         """Whether the service does not answer requests for this one's model."""
         return self._lane(turn).breaker.open_since is not None
 
+    def elsewhere(self, turn: Turn, failure: Failure) -> bool:
+        """Whether a row that a tier had no room for may go to a later one, without waiting for this one."""
+        return self._deadline is None and no_room(failure) and self._tier(turn) < len(self._tiers) - 1
+
+    def has_quota(self, turn: Turn, now: float) -> bool:
+        """Whether some tier of a list has quota for a row within the hour."""
+        lanes = [self._lanes[turn.request.model, tier] for tier in self._tiers] if self._several else []
+        return any(max(lane.waits_until, lane.quota.ready(_ONE, now)[0]) < now + 3600.0 for lane in lanes)
+
     @property
     def waiting(self) -> int:
         """Rows that were never sent yet."""
@@ -233,7 +270,11 @@ class Dispatcher:
         if len(self._order) == 1:
             lane = self._order[0]
             return len(lane.fresh) <= max(FEW_WAITING, int(lane.window.size)) and lane.waiting <= most
-        few = any(len(lane.fresh) <= max(FEW_WAITING, int(lane.window.size)) for lane in self._order)
+        few = any(
+            len(lane.fresh) <= max(FEW_WAITING, int(lane.window.size))
+            for (_, tier), lane in self._lanes.items()
+            if tier not in self._tiers[1:]
+        )
         return few and self.waiting <= min(most, MOST_WAITING)
 
     @property
@@ -278,6 +319,8 @@ class Dispatcher:
             self._order.clear()
         lane = self._lanes[model, tier] = self._open(model, tier, self._now)
         self._order.append(lane)
+        if self._several and tier == self._tiers[0]:
+            lane.below = [self._begin(model, other) for other in self._tiers[1:]]
         if len(self._order) > 1:
             for (name, asked), each in self._lanes.items():
                 each.name = f" of {name}" + (f" ({asked})" if asked else "")
@@ -296,8 +339,38 @@ class Dispatcher:
         lane = Lane(Window(self._start, self.ceiling, now), self._rates, known, caps, note, now)
         return lane
 
+    def _tier(self, turn: Turn) -> int:
+        """The place of the tier that a row went to, in the list of them."""
+        return self._tiers.index(str(turn.request.tier)) if self._several else 0
+
+    def _back(self, turn: Turn, answered: bool) -> None:
+        """Something came of a row: those of its group that wait for it may go."""
+        home = self._lanes[turn.request.model, self._tiers[0] if self._several else turn.request.tier]
+        home.groups.ended(turn, answered, home.fresh)
+
     def _from(self, lane: Lane, for_retries: float, now: float) -> Ticket | tuple[float, str]:
         """The next request of a lane; or from when on one may go, inf where something must happen first, and why."""
+        granted = self._through(lane, lane, 0, True, for_retries, now)
+        if not lane.below or isinstance(granted, Ticket):
+            return granted
+        # A window that congestion has not bounded yet is no sign that there is no room.
+        spills = self._deadline is not None or lane.window.bounded or lane.out < int(lane.window.size)
+        for tier, below in enumerate(lane.below, 1):
+            never = granted[0] <= now
+            if tier < self._open_tiers or never:
+                other = self._through(below, lane, tier, spills or never, for_retries, now)
+                if isinstance(other, Ticket):
+                    return other
+                granted = other if never or other[0] < granted[0] else granted
+        return granted
+
+    def _through(
+        self, lane: Lane, rows: Lane, tier: int, spills: bool, for_retries: float, now: float
+    ) -> Ticket | tuple[float, str]:
+        """The next request to this lane's tier of the rows that stand in another one; else as `_from`.
+
+        A moment that is not later than now says that its row is too large for this tier, whenever it goes.
+        """
         if lane.out >= int(lane.window.size):
             return inf, "capacity" + lane.name
         down = lane.breaker.doubtful
@@ -305,32 +378,38 @@ class Dispatcher:
             return max(probe, lane.waits_until), "outage"
         if lane.waits_until > now:
             return lane.waits_until, "the service's wait"
-        found = lane.next(now, for_retries)
+        found = rows.next(now, for_retries, tier, self._deadline is None, spills)
         if found is None:
-            ready, cost, why = lane.soonest()
-            return max(ready, self._retries_at + cost - self._retries), why
+            at, what = rows.soonest(lambda cost: self._retries_at + cost - self._retries)
+            # What may go and does not is for a later tier, which may not take it yet.
+            return at if at > now or not rows.below else now + 1.0, what
         turn, cost = found
         if lane.caps is not None:
             lane.cap(turn, lane.caps, now)
-        if self._budget is not None and not self._budget.affords(turn.request):
-            if not self._budget.skips(turn.request):
+        request = turn.request.on(self._tiers[tier]) if self._several else turn.request
+        if self._budget is not None and not self._budget.affords(request):
+            if tier or not self._budget.skips(request):
                 return inf, "budget"
-            lane.drop(turn)
+            rows.drop(turn)
             self._waiting -= 1
-            return self._from(lane, for_retries, now) if lane.waiting or lane.again else (inf, "budget")
-        amounts = lane.amounts(turn, now)
-        size = len(turn.request.body)
+            waits = rows.waiting or rows.again
+            return self._through(lane, rows, tier, spills, for_retries, now) if waits else (inf, "budget")
+        amounts = lane.amounts(turn, turn.group is not None and rows.groups.follows(turn, now))
+        size = len(request.body)
         if self._bytes + size > self._memory and self._bytes:
             return inf, "memory"
         if amounts[1] >= lane.quota.fits and (exceeds := lane.quota.exceeded(amounts)):
-            lane.drop(turn)
+            if tier < len(rows.below):
+                return now, exceeds + lane.name
+            rows.drop(turn)
             self._waiting -= 1
             self.in_flight += turn.attempt > 1  # a row that was never sent takes no place
             return Ticket(turn, now, amounts[1], amounts[2], 0.0, False, (0.0, 0.0, 0.0), exceeds)
         at, what = lane.quota.ready(amounts, now)
         if at > now:
             return at, what + lane.name
-        lane.drop(turn)
+        rows.drop(turn)
+        turn.request = request
         self._waiting -= 1
         self._retries -= cost
         marks = lane.quota.charge(amounts, now)
@@ -338,7 +417,7 @@ class Dispatcher:
             self._budget.lease(turn)
         lane.out += 1
         if turn.group is not None:
-            lane.groups.sent(turn, now)
+            rows.groups.sent(turn, now)
         self._bytes += size
         self.sent += 1
         self.in_flight += 1

@@ -31,12 +31,12 @@ class Groups:
         self.held = 0
         self._groups: OrderedDict[str, _Group] = OrderedDict()
         """By when they were last used; none whose prefix is no longer kept."""
-        self._leading: deque[tuple[float, str, Turn]] = deque()
+        self.leading: deque[tuple[float, str, Turn]] = deque()
         """Until when each leader is waited for, in that order."""
 
     def first(self, fresh: deque[Turn], now: float) -> Turn | None:
         """The first row that may go; rows before it that wait for their leader are taken out of `fresh`."""
-        if self._leading:
+        if self.leading:
             self._give_up(fresh, now)
         while fresh:
             turn = fresh[0]
@@ -63,7 +63,7 @@ class Groups:
         turn.leads = group is None
         if group is None:
             self._groups[turn.group] = _Group(turn, now)
-            self._leading.append((now + LEAD, turn.group, turn))
+            self.leading.append((now + LEAD, turn.group, turn))
             return
         group.used = now
         self._groups.move_to_end(turn.group)
@@ -83,17 +83,17 @@ class Groups:
     @property
     def until(self) -> float:
         """When the first of the leaders that are out is no longer waited for. Only while somebody is held."""
-        return self._leading[0][0]
+        return self.leading[0][0]
 
     def _give_up(self, fresh: deque[Turn], now: float) -> None:
         """Let go whose leaders have been waited for long enough."""
-        while self._leading:
-            until, name, turn = self._leading[0]
+        while self.leading:
+            until, name, turn = self.leading[0]
             group = self._groups.get(name)
             waited_for = group is not None and group.leader is turn
             if waited_for and until > now:
                 return
-            self._leading.popleft()
+            self.leading.popleft()
             if waited_for:
                 self.ended(turn, True, fresh)
 

@@ -19,6 +19,8 @@ _BROKEN = {*_LOST, Kind.SERVER_ERROR}
 _TELLS_NOTHING = {Kind.STALE_CONNECTION, Kind.LOCAL_RESOURCES}
 """Failures from which nobody learns whether the service answers."""
 _ASKED_TO_WAIT = {Kind.RATE_LIMITED, Kind.DAY_QUOTA}
+_NO_ROOM = (Kind.RATE_LIMITED, Kind.DAY_QUOTA, Kind.OVERLOADED)
+"""What one tier refuses with, and another may take."""
 _NOT_CONSUMED = {*_UNREACHABLE, Kind.RATE_LIMITED, Kind.OVERLOADED, Kind.DAY_QUOTA, Kind.LOCAL_RESOURCES}
 
 
@@ -52,12 +54,13 @@ class Lane:
         self.name = ""
         """What is put behind the names of its limits where there are several models."""
         self.waits_until = now
+        self.below: list[Lane] = []
+        """The lanes of later tiers, to which rows go that find no room here."""
         self._good = self.window.size
         self._note = note
 
-    def amounts(self, turn: Turn, now: float) -> Amounts:
-        """What a request is charged before it is known what it takes."""
-        follows = turn.group is not None and self.groups.follows(turn, now)
+    def amounts(self, turn: Turn, follows: bool) -> Amounts:
+        """What a request is charged before it is known what it takes; `follows`: another of its group went before."""
         tokens, uncached = self.sizes.estimate(turn.request, follows)
         return 1.0, tokens, uncached
 
@@ -90,29 +93,39 @@ class Lane:
         """Rows that were never sent yet."""
         return len(self.fresh) + self.groups.held
 
-    def soonest(self) -> tuple[float, float, str]:
-        """Where none may go yet: from when on one may, what it draws from the retry budget, and what is waited for."""
-        ready, _, cost, _ = self.again[0] if self.again else (inf, 0, 0.0, None)
+    def soonest(self, affordable: Callable[[float], float]) -> tuple[float, str]:
+        """Where none may go yet: from when on one may, and what is waited for; `affordable` says when a cost is."""
+        ready = inf
+        if self.again:
+            ready = max(self.again[0][0], affordable(self.again[0][2]))
         if self.groups.held and self.groups.until < ready:
-            return self.groups.until, 0.0, "groups"
-        return ready, cost, "retries"
+            return self.groups.until, "groups"
+        return ready, "retries"
 
     def push(self, turn: Turn, order: int, cost: float) -> None:
         """A row that is to be asked again."""
         heapq.heappush(self.again, (turn.ready, order, cost, turn))
 
-    def next(self, now: float, budget: float) -> tuple[Turn, float] | None:
-        """The row that goes next and what it draws from the retry budget; None where none may yet.
+    def next(self, now: float, budget: float, tier: int, onward: bool, spills: bool) -> tuple[Turn, float] | None:
+        """The row that goes next to a tier and what it draws from the retry budget; None where none may yet.
 
-        Rows that are asked again go first, but for the probes of an outage: those are made by rows that have not
-        failed yet, so that an outage uses up nobody's attempts.
+        `tier` counts from this lane's; with `spills` the others take what it has no room for, and with `onward` a row
+        that one has refused goes to those after it. Rows that are asked again go first, but for the probes of an
+        outage: those are made by rows that have not failed yet, so that an outage uses up nobody's attempts.
         """
-        first = self.groups.first(self.fresh, now)
-        spared = first is not None and self.breaker.doubtful
-        if self.again and self.again[0][0] <= now and self.again[0][2] <= budget and not spared:
+        fresh = self.fresh
+        if self.groups.leading or (fresh and fresh[0].group is not None):
+            first = self.groups.first(fresh, now)
+        else:
+            first = fresh[0] if fresh else None
+        if self.again and self.again[0][0] <= now and self.again[0][2] <= budget:
             _, _, cost, turn = self.again[0]
-            return turn, cost
-        return None if first is None else (first, 0.0)
+            through = self.below[tier - 1] if tier else self
+            refused = min(_refusals(turn), len(self.below)) if onward and self.below else 0
+            spared = first is not None and through.breaker.doubtful
+            if not spared and refused <= tier and (spills or not tier or refused):
+                return turn, cost
+        return None if first is None or (tier and not spills) else (first, 0.0)
 
     def drop(self, turn: Turn) -> None:
         """The row that was next is on its way."""
@@ -140,8 +153,6 @@ class Lane:
         if self.breaker.observe(False, self.out, now, sent=sent):
             self._back(now)
         self.out -= 1
-        if turn.group is not None:
-            self.groups.ended(turn, True, self.fresh)
         prompt, completion = usage.prompt_tokens, usage.completion_tokens
         if prompt is not None and completion is not None:
             followed = turn.group is not None and not turn.leads
@@ -173,8 +184,6 @@ class Lane:
         elif kind not in _TELLS_NOTHING:
             self._observe(kind in _BROKEN, kind, sent, now)
         self.out -= 1
-        if turn.group is not None:
-            self.groups.ended(turn, False, self.fresh)
         if kind in _NOT_CONSUMED:
             self.quota.give_back(amounts, now)
         self.quota.told(failure.limits, sent, marks, now)
@@ -200,6 +209,17 @@ class Lane:
     def _back(self, now: float) -> None:
         self.window.restart(self._good, self.out - 1, now)
         self._note(now, "the outage is over")
+
+
+def _refusals(turn: Turn) -> int:
+    """How often a row was refused for want of room: by one tier after the other."""
+    tried = turn.tried
+    return sum([tried.get(kind, 0) for kind in _NO_ROOM]) if tried else 0
+
+
+def no_room(failure: Failure) -> bool:
+    """Whether a tier had no room for a row, which another one may have."""
+    return failure.kind in _NO_ROOM
 
 
 def _names_tokens(limits: Sequence[Limit]) -> bool:
