@@ -669,6 +669,12 @@ def note_of(ledger: sqlite3.Connection) -> Note | None:
         return None  # a ledger that was only just made
 
 
+def latest_attempts(ledger: sqlite3.Connection, unit: int, most: int) -> list[Attempt]:
+    """The attempts that were recorded last, of rows that no published part has yet."""
+    rows = ledger.execute("SELECT record FROM attempts WHERE unit = ? ORDER BY rowid DESC LIMIT ?", (unit, most))
+    return [_decode_attempt(record) for (record,) in rows]
+
+
 def reparse_of(ledger: sqlite3.Connection) -> Reparse | None:
     """The reparse that is under way, if one is."""
     found = ledger.execute("SELECT value FROM meta WHERE key = ?", (REPARSE,)).fetchone()

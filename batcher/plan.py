@@ -21,15 +21,17 @@ from batcher.engine import (
     select,
     unscored,
 )
-from batcher.job import SIMULATOR, Job, Schedule, differences
+from batcher.errors import BatcherError, JobError
+from batcher.job import SIMULATOR, Job, differences
 from batcher.ledger import added_up, done_rows, open_read_only, parts_of, spending_of, timeline_of
 from batcher.payload import pack
 from batcher.records import PATHS, UNIT, Failure, Kind, Request, Row
+from batcher.rehearse import Forecast, Given, Observed, foretell, has_plan, observe
 from batcher.report import count, duration, money, printable
 from batcher.source import FileIdentity, changed
 
-ASSUMED_LATENCY = 1.0
-"""Seconds an answer takes, where only the number of requests in flight is known."""
+_GUESSED = 500
+"""Tokens that an answer is taken to have where none was seen and the job sets no cap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +65,14 @@ class Plan:
     """USD at most; None where price or cap are not known."""
     prices: str
     """Where the prices come from."""
-    seconds: float | None
-    """None until the service has answered."""
-    binds: str
-    """What the time is bound by."""
+    forecast: Forecast | None
+    """The rows that are left, rehearsed; None where nothing is known that would hold them back, or none is left."""
+    measured: bool
+    """Whether it goes by answers that an earlier run had, so that it tells of cost too."""
+    assumed: tuple[str, ...]
+    """What it takes for granted."""
+    ends: str | None
+    """Why a rehearsal of the rows that are left ended early."""
     budget: float | None
     """USD that all runs may spend; None where the job has no budget."""
     spent: float
@@ -86,7 +92,8 @@ def plan(job: Job) -> Plan:
     selection = select(prepared, lambda: False)
     assert selection is not None
     rows = selection.size
-    done, spent, refusal = _earlier(prepared, selection)
+    ended, spent, refusal = _earlier(prepared, selection)
+    done = ended.bit_count()
     looked = first_rows(prepared, selection, LOOKED_AT)
     sample = list(_composed(prepared, looked))
     refuse_unserved(prepared, looked)
@@ -103,7 +110,21 @@ def plan(job: Job) -> Plan:
     prompt_cost = _mean([prepared.price(each.model, each.prompt_tokens, 0, 0, each.tier) for each in requests])
     output_cost = _mean([prepared.price(each.model, 0, 0, each.output_tokens, each.tier) for each in requests])
     models = {request.model for request in requests}
-    seconds, binds = _time(job.schedule, left, (prompt or 0.0) + (output or 0.0), capped)
+    seen = None if refusal else _seen(job)
+    measured = seen is not None and bool(seen.completions)
+    forecast, assumed, ends = None, [], None
+    if requests and done < rows and (measured or (seen and seen.limits) or _is_bound(prepared)):
+        given = Given()
+        if not measured:
+            guessed = round(output or 0.0) or _GUESSED
+            given = Given(completion_tokens=guessed, spread=0.0)
+            assumed.append(f"answers of {count(guessed)} tokens" + (", as long as they may be" if capped else ""))
+        try:
+            pending = Selection(selection.rows & ~ended, rows - done)
+            forecast = foretell(prepared, pending, seen, given, spent, quick=True)
+            assumed += forecast.assumed
+        except BatcherError as error:
+            ends = str(error).splitlines()[0]
     return Plan(
         name=job.name,
         url=("(the embedded simulator)/v1" if job.service.base_url == SIMULATOR else prepared.access.url)
@@ -121,8 +142,10 @@ def plan(job: Job) -> Plan:
         prompt_cost=None if prompt_cost is None else left * prompt_cost,
         output_cost=left * output_cost if capped and output_cost is not None else None,
         prices="prices of the job" if models <= job.service.prices.keys() else f"list prices of {PRICES_AS_OF}",
-        seconds=seconds,
-        binds=binds,
+        forecast=forecast,
+        measured=measured,
+        assumed=tuple(assumed) if forecast else (),
+        ends=ends,
         budget=job.schedule.budget_usd,
         spent=spent,
         twins=_twins(requests) if job.schedule.dedupe else None,
@@ -157,14 +180,17 @@ def render(plan: Plan) -> str:
             f"at most {money(plan.prompt_cost + plan.output_cost)}: "
             f"{money(plan.prompt_cost)} for the prompts, up to {money(plan.output_cost)} for the answers; {plan.prices}"
         )
-    time = "unknown until the service has answered" if plan.seconds is None else f"about {duration(plan.seconds)}"
+    if plan.measured and plan.forecast is not None and plan.forecast.cost_interval is not None:
+        low, high = plan.forecast.cost_interval
+        cost = f"about {money(plan.forecast.cost_usd)}, between {money(low)} and {money(high)}; {cost}"
     lines = [
         ("rows", rows),
         ("prompts", f"about {count(plan.prompt_tokens)} tokens, estimated from {sample}"),
         ("answers", f"{output} tokens" if plan.output_tokens is not None else output),
         ("cost", cost),
         *([("budget", _reach(plan))] if plan.budget is not None else []),
-        ("time", f"{time}, {plan.binds}" if plan.binds else time),
+        ("time", _time(plan)),
+        *(("assumed", text) for text in plan.assumed),
         ("output", plan.output),
     ]
     if plan.unsendable:
@@ -184,6 +210,19 @@ def render(plan: Plan) -> str:
     return "\n".join([*request, "", *(printable(f"{name:<11}{text}") for name, text in lines)])
 
 
+def _time(plan: Plan) -> str:
+    """How long the rows that are left take, and what holds them back."""
+    forecast = plan.forecast
+    if plan.ends is not None:
+        return f"unknown: rehearsed, the run ends early: {plan.ends}"
+    if forecast is None:
+        return "unknown until the service has answered" if plan.done < plan.rows else duration(0)
+    said = f"about {duration(forecast.seconds)}"
+    if plan.measured:
+        said += f", between {' and '.join(map(duration, forecast.seconds_interval))}"
+    return f"{said}, bound by {forecast.bound}" if forecast.bound else said
+
+
 def _reach(plan: Plan) -> str:
     """How far the budget goes."""
     assert plan.budget is not None
@@ -196,7 +235,11 @@ def _reach(plan: Plan) -> str:
     if most <= rest:
         return f"{said}; it reaches for all rows"
     reached = count(int(left * rest / most))
-    return f"{said}; it reaches for about {reached} of {count(left)} rows if answers are as long as they may be"
+    said += f"; it reaches for about {reached} of {count(left)} rows if answers are as long as they may be"
+    if plan.measured and plan.forecast is not None:
+        foretold = plan.forecast.reached
+        said += f", for {'all' if foretold is None else f'about {count(foretold)}'} if they are as before"
+    return said
 
 
 def _twins(requests: Sequence[Request]) -> int:
@@ -234,7 +277,7 @@ def _headers(prepared: Prepared, body: bytes) -> dict[str, str]:
 
 
 def _earlier(prepared: Prepared, selection: Selection) -> tuple[int, float, str | None]:
-    """How many of the selected rows earlier runs have done, what they spent, and why it cannot be gone on with."""
+    """Which of the selected rows earlier runs have done, what they spent, and why it cannot be gone on with."""
     job = prepared.job
     refusal = not_ours(job)
     if refusal or not job.ledger_path.exists():
@@ -246,7 +289,7 @@ def _earlier(prepared: Prepared, selection: Selection) -> tuple[int, float, str 
         for part, record in parts.items():
             start, stop = part * size, (part + 1) * size
             ended = record.done(start) | bits.of(done_rows(ledger, UNIT, start, stop), start)
-            done += (ended & selection.part(start, stop)).bit_count()
+            done |= (ended & selection.part(start, stop)) << start
         known = dict(ledger.execute("SELECT key, value FROM meta"))
         counted = spending_of(ledger)
         spent = counted.usd if counted else added_up(0, list(timeline_of(ledger))).cost_usd or 0.0
@@ -262,22 +305,24 @@ def _earlier(prepared: Prepared, selection: Selection) -> tuple[int, float, str 
     return done, spent, None
 
 
+def _seen(job: Job) -> Observed | None:
+    """What earlier runs into the job's output saw of the service; None where there was none."""
+    if not job.ledger_path.exists():
+        return None
+    try:
+        return observe(str(job.results.folder or job.results), least=0)
+    except JobError:
+        return None  # what is damaged, a run says
+
+
+def _is_bound(prepared: Prepared) -> bool:
+    """Whether something is known that holds requests back, though none was answered."""
+    own = prepared.job.schedule
+    rates = (own.max_in_flight, own.requests_per_minute, own.tokens_per_minute, own.uncached_tokens_per_minute)
+    return has_plan(prepared) or any(rate != "auto" for rate in rates)
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
     """The mean; None where a value is not known, or there is none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def _time(schedule: Schedule, requests: float, tokens: float, capped: bool) -> tuple[float | None, str]:
-    """Seconds that these requests take, of so many tokens each, and what binds them."""
-    known: list[tuple[float, str]] = []
-    if schedule.requests_per_minute != "auto":
-        known.append((requests / schedule.requests_per_minute * 60, "bound by requests_per_minute"))
-    for name in ("tokens_per_minute", "uncached_tokens_per_minute"):
-        if (rate := getattr(schedule, name)) != "auto":
-            without = "" if capped else ", the tokens of the answers not counted"
-            known.append((requests * tokens / rate * 60, f"bound by {name}{without}"))
-    if schedule.max_in_flight != "auto":
-        seconds = requests / schedule.max_in_flight * ASSUMED_LATENCY
-        known.append((seconds, f"bound by max_in_flight, if an answer takes {ASSUMED_LATENCY:g} s"))
-    return max(known, default=(None, ""))

@@ -270,7 +270,7 @@ def test_a_plan_estimates_what_is_to_come(call: Call, service: Simulator, tmp_pa
     assert re.search(r"^prompts +about [\d,]+ tokens, estimated from the first 1,000 rows$", out, re.MULTILINE)
     assert re.search(r"^answers +at most 30,000 tokens$", out, re.MULTILINE)
     assert re.search(r"^cost +at most \$30\.00: \$0\.00 for the prompts, .*; prices of the job$", out, re.MULTILINE)
-    assert re.search(r"^time +about 1 h 15 min, bound by requests_per_minute$", out, re.MULTILINE)
+    assert re.search(r"^time +about 1 h 16 min, bound by schedule.requests_per_minute$", out, re.MULTILINE)
 
 
 def test_a_plan_calls_unknown_what_it_does_not_know(call: Call, service: Simulator, tmp_path: Path) -> None:

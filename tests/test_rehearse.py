@@ -18,6 +18,7 @@ from batcher.errors import JobError
 from batcher.records import Summary
 from batcher.rehearse.forecast import Outlook
 from batcher.rehearse.observed import paced
+from batcher.rehearse.rows import Rows, positions
 from batcher.rehearse.stage import Model, play
 from batcher.simulator import Front, ModelTransport, Recorded, Settings, VirtualLoop, running
 
@@ -73,6 +74,14 @@ def run(job: batcher.Job, settings: Settings) -> Summary:
     random.seed(7)  # the jitter of waits
     with asyncio.Runner(loop_factory=lambda: VirtualLoop(work=lambda: 0.002)) as runner:
         return runner.run(live())
+
+
+def drawn(job: batcher.Job, size: int) -> Rows:
+    """So many of the job's rows."""
+    prepared = engine.prepare(job)
+    selection = engine.select(prepared, lambda: False)
+    assert selection is not None
+    return Rows(prepared.source, positions(selection, size), prepared.composer.names)
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -152,7 +161,8 @@ def test_what_a_run_saw_of_its_service_is_found_in_its_output(tmp_path: Path) ->
     assert seen.faults["500"] == pytest.approx(0.1, abs=0.06)
     answered = batcher.Result(job.results, summary).table()
     assert sorted(seen.completions) == sorted(answered["completion_tokens"].to_pylist())
-    assert seen.prompts == dict(zip(answered["row"].to_pylist(), answered["prompt_tokens"].to_pylist(), strict=True))
+    counted = zip(answered["prompt_tokens"].to_pylist(), answered["cached_tokens"].to_pylist(), strict=True)
+    assert seen.prompts == dict(zip(answered["row"].to_pylist(), counted, strict=True))
 
 
 def test_a_rehearsal_from_some_rows_is_near_what_all_come_to(tmp_path: Path) -> None:
@@ -176,14 +186,15 @@ def test_a_rehearsal_from_some_rows_is_near_what_all_come_to(tmp_path: Path) -> 
 def test_a_sample_is_gone_on_with_as_its_middle_and_within_what_limits_leave(tmp_path: Path) -> None:
     """A third of the rows says what all take, also where these live on full buckets; a day's limit lasts for days."""
     job = batcher.load(made(tmp_path, 450))
+    cast = {size: drawn(job, size) for size in (50, 150, 450)}
     rates: tuple[dict[str, int], ...] = ({"requests-minute": 60}, {"tokens-minute": 60_000}, {})
     for limits in rates:
         model = Model({**NOTHING, "limits": limits, "latency": 0.5, "capacity": None if limits else 4}, [40])
-        whole = play(job, model, 0, 0).summary.seconds
-        outlook = Outlook.of(play(job, model, 150, 0), job, model, 150, 450)
+        whole = play(job, model, cast[450], 0).summary.seconds
+        outlook = Outlook.of(play(job, model, cast[150], 0), job, model, 150, 450)
         assert outlook.seconds == pytest.approx(whole, rel=0.1, abs=3), limits  # it may end while the window grows
     model = Model({**NOTHING, "limits": {"requests-day": 100}}, [40])
-    days = Outlook.of(play(job, model, 50, 0), job, model, 50, 450).seconds / 86_400
+    days = Outlook.of(play(job, model, cast[50], 0), job, model, 50, 450).seconds / 86_400
     assert days == pytest.approx(3.5)
 
 

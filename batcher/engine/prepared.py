@@ -157,7 +157,9 @@ def _refuse_unrepeatable(job: Job) -> None:
 
 
 def source_of(job: Job, table: object) -> Source:
-    """The job's rows; the files that an earlier run knew stand first."""
+    """The job's rows; the files that an earlier run knew stand first. A source that is there already is taken."""
+    if isinstance(table, Source):
+        return table
     given = job.input
     if table is not None:
         if given.path is not None or given.format is not None:

@@ -1,9 +1,21 @@
 """A job forecast by running it: the real engine against a model of its service, in virtual time; nothing is sent.
 
-`observed` reads in an output what the service is like, `stage` plays the run, `forecast` says what it comes to.
+`observed` reads in an output what the service is like, `rows` takes the rows, `stage` plays the run, `forecast` says
+what it comes to.
 """
 
-from batcher.rehearse.forecast import Change, Forecast, Given, piloted, rehearse, render
+from batcher.rehearse.forecast import Change, Forecast, Given, foretell, has_plan, piloted, rehearse, render
 from batcher.rehearse.observed import Observed, observe
 
-__all__ = ["Change", "Forecast", "Given", "Observed", "observe", "piloted", "rehearse", "render"]
+__all__ = [
+    "Change",
+    "Forecast",
+    "Given",
+    "Observed",
+    "foretell",
+    "has_plan",
+    "observe",
+    "piloted",
+    "rehearse",
+    "render",
+]

@@ -1,23 +1,35 @@
 """What a rehearsal says of a job: time and cost with their bounds, what binds, and what would change it."""
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from itertools import takewhile
+from statistics import linear_regression
+from typing import Any, NamedTuple
 
 import msgspec
 
-from batcher import bits, engine
+from batcher import engine
+from batcher.dialects import at_home
+from batcher.engine import Prepared, Selection
 from batcher.errors import JobError
-from batcher.job import Job, from_document, parse_document
+from batcher.job import SIMULATOR, Job, from_document, parse_document
 from batcher.records import Request, Totals
 from batcher.rehearse.observed import Observed
-from batcher.rehearse.stage import Model, Played, bare, play
+from batcher.rehearse.rows import Rows, positions, read
+from batcher.rehearse.stage import BLOCK, BLOCK_TOKENS, Model, Played, bare, beginnings, play
 from batcher.report import count, duration, money, printable
 from batcher.simulator import Settings
 
-MOST = 3_000
-"""Rows that one run of a rehearsal asks; of more, it is a sample, and the rest goes on as its middle did."""
+MOST, LONGEST = 3_000, 7_200.0
+"""Rows that one run of a rehearsal asks, and about the seconds that it lasts by its limits: of more, it is a sample,
+and the rest goes on as its middle did."""
+FEW, SHORT = 400, 600.0
+"""The same of a quick one, in which more are asked only where that many go at once."""
+_FEWEST = 50
+_ROUNDS = 4
+"""How often all that go at once must have been answered until it is known how fast rows go."""
 SURE = 0.95
 """How often the interval is to hold, as far as the lengths of answers decide."""
 MARGIN = 0.03
@@ -40,9 +52,13 @@ _WITHOUT: Mapping[str, Any] = {
     "cache_tokens": 0,
     "hang": 1e6,
 }
-_IDLE = ("starting", "complete", "publishing", "the last rows")
+_IDLE = ("input", "starting", "complete", "publishing", "the last rows")
+_SLIGHT = 0.05
+"""A share of the time of which nothing is said."""
 _COMPARED = 300
 """Rows at most by which the tokens that are estimated and those that are counted are compared."""
+_WHOLE = 0.8
+"""A cache has at least so much of what it could have: what goes at once at the beginning finds nothing there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +69,8 @@ class Given:
     tokens_per_minute: int | None = None
     uncached_tokens_per_minute: int | None = None
     completion_tokens: int | None = None
-    """The mean of the answers' lengths."""
+    """The mean of the answers' lengths, and the sigma of the lognormal that they are of."""
+    spread: float = SPREAD
     latency: float | None = None
     """Of an answer, before its tokens; and for each of them."""
     completion_token: float | None = None
@@ -73,7 +90,7 @@ class Forecast(msgspec.Struct, frozen=True):
 
     name: str
     rows: int
-    """Selected rows, whatever earlier runs have done of them."""
+    """The rows that it is of: all that are selected, whatever earlier runs have done of them."""
     rehearsed: int
     """Rows that each run of the rehearsal asked."""
     seconds: float
@@ -89,8 +106,17 @@ class Forecast(msgspec.Struct, frozen=True):
     binds: tuple[tuple[str, float], ...]
     """What held requests back, and for which share of the time; the most first."""
     changes: tuple[Change, ...]
+    budget_usd: float | None
+    """None where the job has no budget."""
+    reached: int | None
+    """Rows that are done when the budget is reached and the run pauses; None where it suffices."""
     assumed: tuple[str, ...]
     """What was taken for granted."""
+
+    @property
+    def bound(self) -> str:
+        """What held requests back the most; empty where nothing did."""
+        return next((what for what, share in self.binds if share >= _SLIGHT and what not in _IDLE), "")
 
 
 def rehearse(job: Job, seen: Observed | None, given: Given) -> Forecast:
@@ -98,29 +124,55 @@ def rehearse(job: Job, seen: Observed | None, given: Given) -> Forecast:
 
     Raises JobError where too little is known, and whatever would end the run.
     """
-    assumed: list[str] = []
     prepared = engine.prepare(job)
     selection = engine.select(prepared, lambda: False)
     assert selection is not None
-    rows = selection.size
-    if not rows:
+    if not selection.size:
         raise JobError(f"{job.origin}: no row is selected: there is nothing to rehearse")
-    model = _model(job, prepared.access.dialect.name, seen, given, assumed)
-    size = min(rows, MOST)
-    sampled = 0 if size == rows else size
-    low, high = (
-        _bounds(model.completions, rows) if seen and given.completion_tokens is None else (model.completions,) * 2
+    return foretell(prepared, selection, seen, given)
+
+
+def foretell(
+    prepared: Prepared,
+    selection: Selection,
+    seen: Observed | None,
+    given: Given,
+    spent: float = 0.0,
+    quick: bool = False,
+) -> Forecast:
+    """Forecast these rows of a job of which earlier runs have `spent` so many USD; as `rehearse` does.
+
+    A quick one looks at fewer rows, and not at what would change it.
+    """
+    job, rows = prepared.job, selection.size
+    assumed: list[str] = []
+    model = _model(prepared, seen, given, assumed)
+    cast = _cast(prepared, selection, _at_first(job, seen, quick))
+    prompts = _prompts(prepared, cast, seen)
+    model = replace(model, ratio=prompts.ratio)
+    rate = min(
+        (flow / amount for _, amount, flow, _ in _flows(job, model, _expected(model, prompts))), default=math.inf
     )
+    size = min(len(cast), max(_FEWEST, int(min(MOST, rate * (SHORT if quick else LONGEST)))))
+    if size < len(cast):
+        cast = _cast(prepared, selection, size)
+    if size == rows:
+        model = replace(model, alike=prompts.alike)
+    measured = seen is not None and bool(seen.completions) and given.completion_tokens is None
+    low, high = _bounds(model.completions, rows) if measured else (model.completions,) * 2
     runs = [
-        Outlook.of(play(job, replace(model, completions=lengths), sampled, seed), job, model, size, rows)
+        Outlook.of(play(job, replace(model, completions=lengths), cast, seed), job, model, size, rows)
         for seed, lengths in enumerate((model.completions, low, high))
+        if measured or not quick or not seed
     ]
     middle = runs[0]
     if size < rows:
         assumed.append(f"a sample of {count(size)} rows was rehearsed; the others go on as its middle did")
-    if seen is None or given.completion_tokens is not None:
+    if not measured and not quick:
         assumed.append("lengths are given, not measured: the interval tells of chance alone")
-    elif model.settings.get("capacity") is None and middle.played.peak > 2 * seen.peak:
+    elif (
+        measured and seen is not None and model.settings.get("capacity") is None and middle.played.peak > 2 * seen.peak
+    ):
         assumed.append(
             f"no more than {count(seen.peak)} requests at once were seen, none queued; here up to "
             f"{count(middle.played.peak)} go at once"
@@ -138,9 +190,33 @@ def rehearse(job: Job, seen: Observed | None, given: Given) -> Forecast:
         failed=round(middle.totals.failed * rows / size),
         in_flight=middle.played.peak,
         binds=middle.binds,
-        changes=tuple(_changes(job, model, middle, size, rows)),
+        changes=() if quick else tuple(_changes(job, model, cast, middle, rows)),
+        budget_usd=job.schedule.budget_usd,
+        reached=_reached(job, middle, rows, spent),
         assumed=tuple(assumed),
     )
+
+
+def _at_first(job: Job, seen: Observed | None, quick: bool) -> int:
+    """How many rows a run asks, whatever its limits are."""
+    own = job.schedule.max_in_flight
+    at_once = own if own != "auto" else seen.peak if seen else 0
+    return min(MOST, max(FEW, _ROUNDS * at_once)) if quick else MOST
+
+
+def _cast(prepared: Prepared, selection: Selection, size: int) -> Rows:
+    """So many of the selected rows, or all."""
+    return Rows(prepared.source, positions(selection, size), prepared.composer.names)
+
+
+def _reached(job: Job, outlook: "Outlook", rows: int, spent: float) -> int | None:
+    """Rows that are done when what is left of the budget is less than a request may cost."""
+    budget = job.schedule.budget_usd
+    if budget is None or not outlook.cost:
+        return None
+    left = budget - spent - outlook.played.most
+    done = int(left / (outlook.cost / rows)) + 1 if left >= 0 else 0
+    return done if done < rows else None
 
 
 def piloted(job: Job, rows: int) -> Job:
@@ -159,10 +235,23 @@ def piloted(job: Job, rows: int) -> Job:
 # The model
 
 
-def _model(job: Job, dialect: str, seen: Observed | None, given: Given, assumed: list[str]) -> Model:
+def has_plan(prepared: Prepared) -> bool:
+    """Whether the service has plans with limits, of which the developer's is known: Cerebras, or as it is simulated."""
+    way = prepared.access
+    local = prepared.job.service.base_url == SIMULATOR
+    return way.dialect.name == "cerebras" and (local or at_home(way.dialect, way.url))
+
+
+def _model(prepared: Prepared, seen: Observed | None, given: Given, assumed: list[str]) -> Model:
     """What the service is taken to be like; notes what nobody has said."""
+    job = prepared.job
     settings: dict[str, Any] = dict(_WITHOUT)
+    limits = _rates(given)
     if seen is not None:
+        limits = _limits(seen, given) | limits
+        settings["keeps_reservation"] = any(limit.keeps for limit in seen.limits)
+    answers = seen is not None and bool(seen.completions)
+    if seen is not None and answers:
         settings |= {
             "latency": seen.pace.latency,
             "seconds_per_prompt_token": seen.pace.prompt_token,
@@ -170,21 +259,19 @@ def _model(job: Job, dialect: str, seen: Observed | None, given: Given, assumed:
             "jitter": seen.pace.jitter,
             "faults": seen.faults,
             "capacity": seen.capacity,
-            "limits": _limits(seen, given),
-            "keeps_reservation": any(limit.keeps for limit in seen.limits),
         }
         if seen.cached > 0:
             del settings["cache_tokens"]
         if seen.queue_limit is not None:
             settings["queue_limit"] = seen.queue_limit
-        if not settings["limits"] and not _rates(given):
-            assumed.append("no limit of the service was seen: none is rehearsed")
-    elif not _rates(given) and dialect == "cerebras":
-        assumed.append("no limit is given: those of a developer's plan are taken")
+    if not limits and answers:
+        assumed.append("no limit of the service was seen: none is rehearsed")
+    elif not limits and has_plan(prepared):
+        assumed.append("no limit of the account is known: those of a developer's plan are taken")
         settings = {key: value for key, value in settings.items() if not key.endswith("_per_minute")}
-    elif not _rates(given):
-        assumed.append("no limit is given: none is rehearsed")
-    settings["limits"] = {**settings.get("limits", {}), **_rates(given)}
+    elif not limits:
+        assumed.append("no limit of the service is known: none is rehearsed")
+    settings["limits"] = limits
     for key, value in (
         ("latency", given.latency),
         ("seconds_per_completion_token", given.completion_token),
@@ -192,23 +279,25 @@ def _model(job: Job, dialect: str, seen: Observed | None, given: Given, assumed:
     ):
         if value is not None:
             settings[key] = value
-    if seen is None and given.latency is None and given.completion_token is None:
-        assumed.append("no latency is given: the simulator's own is taken")
+    if not answers and given.latency is None and given.completion_token is None:
+        known = Settings()
+        assumed.append(
+            f"no latency is known: an answer takes {known.latency:g} s and "
+            f"{1_000 * known.seconds_per_completion_token:g} ms a token"
+        )
     if given.completion_tokens is not None:
         draw = random.Random(0)
         mean = given.completion_tokens
-        drawn = [draw.lognormvariate(0.0, SPREAD) for _ in range(_LENGTHS)]
+        drawn = [draw.lognormvariate(0.0, given.spread) for _ in range(_LENGTHS)]
         completions = [max(1, round(mean * one * _LENGTHS / sum(drawn))) for one in drawn]
-    elif seen is not None:
+    elif seen is not None and answers:
         completions = list(seen.completions)
     else:
         raise JobError(
             f"{job.origin}: how long answers are is not known: --completion-tokens N says it, --pilot N asks N rows, "
             "--from OUT takes an earlier run's"
         )
-    if seen is None:
-        return Model(settings, completions)
-    return Model(settings, completions, _ratio(job, seen), seen.cached)
+    return Model(settings, completions, cached=seen.cached if seen else 0.0)
 
 
 def _rates(given: Given) -> dict[str, int]:
@@ -231,16 +320,40 @@ def _limits(seen: Observed, given: Given) -> dict[str, int]:
     return limits
 
 
-def _ratio(job: Job, seen: Observed) -> float:
-    """Prompt tokens as counted for each that is estimated, over rows of which both are known; else 1."""
-    if seen.input != parse_document(job.document(), job.origin).get("input", {}).get("path"):
-        return 1.0
-    prepared = engine.prepare(bare(job, 0, job.output.path))
-    chosen = sorted(seen.prompts)[:_COMPARED]
-    taken = engine.first_rows(prepared, engine.Selection(bits.of(chosen), len(chosen)), len(chosen))
-    made = [request for row in taken if isinstance(request := prepared.composer.compose(row), Request)]
+class Prompts(NamedTuple):
+    """What the job's requests say of prompts: their tokens as a rehearsal estimates them, and `ratio` of those that
+    are counted or expected to that; `alike` is how much of what begins alike a cache has, None where nothing does."""
+
+    tokens: float
+    ratio: float
+    alike: float | None
+
+
+def _prompts(prepared: Prepared, cast: Rows, seen: Observed | None) -> Prompts:
+    """By rows that were answered, or else by the first of the cast."""
+    job = prepared.job
+    composer = engine.prepare(bare(job, job.output.path), table=cast).composer
+    if seen is not None and seen.input == parse_document(job.document(), job.origin).get("input", {}).get("path"):
+        rows = list(read(prepared.source, sorted(seen.prompts)[:_COMPARED], prepared.composer.names))
+        made = [request for row in rows if isinstance(request := composer.compose(row), Request)]
+        counted = [seen.prompts[request.row] for request in made]
+    else:
+        rows = cast.first(_COMPARED)
+        made = [request for row in rows if isinstance(request := composer.compose(row), Request)]
+        whole = (prepared.composer.compose(row) for row in rows)  # with what the answers have to be like
+        counted = [(request.prompt_tokens, 0) for request in whole if isinstance(request, Request)]
     estimated = sum(request.prompt_tokens for request in made)
-    return sum(seen.prompts[request.row] for request in made) / estimated if estimated else 1.0
+    ratio = sum(tokens for tokens, _ in counted) / estimated if estimated else 1.0
+    if not any(had for _, had in counted) or ratio <= 0:
+        return Prompts(estimated / max(1, len(made)), ratio or 1.0, None)
+    known: set[str] = set()
+    most = 0
+    for request in made:
+        begins = beginnings(request.body, BLOCK / ratio)
+        most += sum(1 for _ in takewhile(known.__contains__, begins)) * BLOCK_TOKENS
+        known.update(begins)
+    share = sum(had for _, had in counted) / most if most else 0.0
+    return Prompts(estimated / len(made), ratio, (1.0 if share >= _WHOLE else share) or None)
 
 
 def _bounds(completions: Sequence[int], rows: int) -> tuple[list[int], list[int]]:
@@ -262,6 +375,17 @@ def _around(values: list[float]) -> tuple[float, float]:
 # What a run comes to
 
 
+class Takes(NamedTuple):
+    """What a row takes on average: requests, and of each the tokens of its prompt, those of them that no cache has,
+    and those of its answer, as it is and as its cap is."""
+
+    requests: float
+    prompt: float
+    uncached: float
+    completion: float
+    cap: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """What a rehearsed run says of all rows."""
@@ -269,67 +393,75 @@ class Outlook:
     played: Played
     seconds: float
     cost: float | None
+    binds: tuple[tuple[str, float], ...]
+    """What held requests back, the most first."""
 
     @classmethod
     def of(cls, played: Played, job: Job, model: Model, size: int, rows: int) -> "Outlook":
         """What became of `size` rows, gone on with to all of them."""
         seconds = played.summary.seconds
-        flows = list(_flows(played, job, model, size))
         if size < rows:
             came = sorted(played.answered)
-            first, last = (came[int(share * (len(came) - 1))] for share in (_BEGUN, _ENDING))
-            rate = (_ENDING - _BEGUN) * size / max(1e-3, last - first)
-            seconds += (rows - size) / rate
+            middle = range(int(_BEGUN * len(came)), int(_ENDING * len(came)))
+            each = seconds / size
+            if len(middle) > 1:
+                # What goes at once comes at once: a line through all of it does not mind where a wave begins.
+                each = linear_regression(middle, came[middle.start : middle.stop]).slope
+            seconds += (rows - size) * each
+        takes = Takes(played.sent / size, played.prompt, played.uncached, played.completion, played.cap)
+        held = dict(played.held)
         # A sample may live on what is in full buckets, and a day's are not simulated at all.
-        seconds = max([seconds, *((rows * amount - level) / flow for amount, flow, level in flows)])
+        for bucket, amount, flow, level in _flows(job, model, takes):
+            least = (rows * amount - level) / flow
+            if least > seconds:
+                held = {what: share * seconds / least for what, share in held.items()}
+                held[bucket] = held.get(bucket, 0.0) + 1 - seconds / least
+                seconds = least
         cost = played.summary.totals.cost_usd
-        return cls(played, seconds, None if cost is None else cost * rows / size)
+        binds = tuple(sorted(held.items(), key=lambda one: -one[1]))
+        return cls(played, seconds, None if cost is None else cost * rows / size, binds)
 
     @property
     def totals(self) -> Totals:
         """Sums over the rehearsed rows."""
         return self.played.summary.totals
 
-    @property
-    def binds(self) -> tuple[tuple[str, float], ...]:
-        """What held requests back, the most first."""
-        return tuple(sorted(self.played.held.items(), key=lambda one: -one[1]))
+
+def _expected(model: Model, prompts: Prompts) -> Takes:
+    """What a row will take about."""
+    prompt = prompts.tokens * prompts.ratio
+    return Takes(1.0, prompt, prompt * (1 - model.cached), sum(model.completions) / len(model.completions), None)
 
 
-def _flows(played: Played, job: Job, model: Model, size: int) -> Iterator[tuple[float, float, float]]:
-    """Of each limit: what a row takes of it, what flows in each second, and what it holds at first."""
+def _flows(job: Job, model: Model, takes: Takes) -> Iterator[tuple[str, float, float, float]]:
+    """Of each limit: its name, what a row takes of it, what flows in each second, and what it holds at first."""
     settings = Settings(**model.settings)
     kept = settings.keeps_reservation
-    answer = played.completion if not kept else played.cap or float(settings.assumed_completion_tokens)
-    each = played.sent / size
+    answer = takes.completion if not kept else takes.cap or float(settings.assumed_completion_tokens)
     amounts = {
-        "requests": each,
-        "tokens": each * (played.prompt + answer),
-        "uncached-tokens": each * (played.uncached + answer),
+        "requests": takes.requests,
+        "tokens": takes.requests * (takes.prompt + answer),
+        "uncached tokens": takes.requests * (takes.uncached + answer),
     }
     asked = job.request.parameters.get("model")
     tier = "flex" if job.schedule.service_tier == "flex" else "default"
     for bucket, limit in settings.limits_of(asked if isinstance(asked, str) else "", tier).items():
-        resource, _, window = bucket.rpartition("-")
-        yield amounts[resource], limit / _SECONDS[window], limit
-    for key, amount in (
-        ("requests", each),
-        ("tokens", amounts["tokens"]),
-        ("uncached_tokens", amounts["uncached-tokens"]),
-    ):
-        own = getattr(job.schedule, f"{key}_per_minute")
+        resource, _, window = bucket.replace("-", " ").rpartition(" ")
+        yield f"{resource} per {window}", amounts[resource], limit / _SECONDS[window], limit
+    for resource, amount in amounts.items():
+        key = f"{resource.replace(' ', '_')}_per_minute"
+        own = getattr(job.schedule, key)
         if own != "auto":
-            yield amount, own / 60, 0.0
+            yield f"schedule.{key}", amount, own / 60, 0.0
 
 
-def _changes(job: Job, model: Model, middle: Outlook, size: int, rows: int) -> Iterator[Change]:
+def _changes(job: Job, model: Model, cast: Rows, middle: Outlook, rows: int) -> Iterator[Change]:
     """What the one or two settings that could matter would come to, by rehearsing them too."""
     binds = next((what for what, _ in middle.binds if what not in _IDLE), "")
-    sampled = 0 if size == rows else size
 
     def changed(what: str, model: Model, more: Mapping[str, Mapping[str, object]] | None = None) -> Change:
-        other = bare(job, 0, job.output.path, more) if more else job
-        outlook = Outlook.of(play(job, model, sampled, 0, more=more), other, model, size, rows)
+        other = bare(job, job.output.path, more) if more else job
+        outlook = Outlook.of(play(job, model, cast, 0, more), other, model, len(cast), rows)
         return Change(what, outlook.seconds, outlook.cost)
 
     rate = next((name for word, name in _RATES.items() if binds.startswith(word)), None)
@@ -365,15 +497,25 @@ def render(forecast: Forecast) -> str:
     if forecast.cost_interval is not None:
         cost += f", between {' and '.join(map(money, forecast.cost_interval))}"
     tokens = f"{count(forecast.prompt_tokens)} of prompts, {count(forecast.completion_tokens)} of answers"
-    held = [f"{what} {share:.0%}" for what, share in forecast.binds if share >= 0.05 and what not in _IDLE]
+    held = [f"{what} {share:.0%}" for what, share in forecast.binds if share >= _SLIGHT and what not in _IDLE]
     lines = [
         ("rows", count(forecast.rows) + (f", {count(forecast.failed)} of them would fail" if forecast.failed else "")),
         ("time", f"{duration(forecast.seconds)}, between {duration(low)} and {duration(high)}"),
         ("cost", cost),
         ("tokens", tokens),
+        *([("budget", _paused(forecast))] if forecast.budget_usd is not None else []),
         ("at once", f"at most {count(forecast.in_flight)} requests"),
         ("held by", ", ".join(held) or "nothing"),
         *(("with", f"{one.what}: {duration(one.seconds)}, {money(one.cost_usd)}") for one in forecast.changes),
         *(("assumed", text) for text in forecast.assumed),
     ]
     return "\n".join(printable(f"{name:<9}{text}") for name, text in lines)
+
+
+def _paused(forecast: Forecast) -> str:
+    """How far the budget goes."""
+    said = money(forecast.budget_usd)
+    if forecast.reached is None:
+        return f"{said}; it suffices"
+    when = duration(forecast.seconds * forecast.reached / forecast.rows)
+    return f"{said}; it is reached after about {count(forecast.reached)} rows and {when}: there the run pauses"

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batcher.dialects import openai
 from batcher.errors import JobError
 from batcher.job import parse_document
-from batcher.ledger import note_of, open_read_only
-from batcher.records import Kind, KnownLimit
+from batcher.ledger import latest_attempts, note_of, open_read_only
+from batcher.records import UNIT, Answer, Attempt, Kind, KnownLimit, Reply, ServiceTimes, Timing, Usage
 from batcher.store import results_at
 
 LEAST = 20
 """Answers of which something can be said."""
+MOST, PARTS = 10_000, 8
+"""Attempts that are looked at, and published parts that they are taken from."""
 QUEUED = 0.01
 """Seconds that a request has queued at least where the service was full."""
 _COLUMNS = (
@@ -55,10 +59,10 @@ class Pace:
 class Observed:
     """What the attempts of an output say of the service."""
 
-    prompts: dict[int, int]
-    """Tokens of each answered row's prompt, as the service counted them."""
+    prompts: dict[int, tuple[int, int]]
+    """Tokens of each answered row's prompt, as the service counted them, and how many of them a cache had."""
     completions: tuple[int, ...]
-    """Tokens of each answer."""
+    """Tokens of each answer; none where there are too few to go by, and then only limits are known."""
     cached: float
     """The share of the prompts' tokens that a cache had."""
     pace: Pace
@@ -75,26 +79,37 @@ class Observed:
     """The input of that job, as it names it."""
 
 
-def observe(output: str) -> Observed:
-    """Read an output's attempts and what its last run has noted. Raises JobError and StorageError."""
+def observe(output: str, least: int = LEAST) -> Observed:
+    """Read an output's attempts, published or not, and what its last run has noted. Raises JobError and StorageError.
+
+    Of many attempts it takes some from each of a few parts. With fewer answers than `least` it raises; of fewer than
+    LEAST nothing is said but what limits are known.
+    """
     results = results_at(output)
     told = results.read("job.toml")
     if told is None:
         raise JobError(f"{output}: no output of a run: it has no job.toml")
     job = parse_document(told, f"{output}/job.toml")
-    attempts: list[dict[str, Any]] = []
-    for name in sorted(name for name in results.parts() if name.startswith("attempts/")):
-        with results.local(name) as path:
-            try:
-                attempts += pq.read_table(path, columns=list(_COLUMNS)).to_pylist()
-            except (OSError, pa.ArrowException) as error:
-                raise JobError(f"{output}/{name} cannot be read: {str(error).splitlines()[0]}") from None
-    answers = [one for one in attempts if one["kind"] is None and one["completion_tokens"] is not None]
-    if len(answers) < LEAST:
-        raise JobError(f"{output}: {len(answers)} answers with their usage are too few to rehearse by; {LEAST}, please")
     ledger = Path(job["output"].get("ledger") or f"{output}/ledger.sqlite")
     with open_read_only(ledger) as db:
-        note = note_of(db)
+        note, held = note_of(db), latest_attempts(db, UNIT, MOST // 2)
+    attempts = [_told(one) for one in held if one.attempt]
+    parts = sorted(name for name in results.parts() if name.startswith("attempts/"))
+    number = min(PARTS, len(parts))
+    for name in (parts[-1 - at * len(parts) // number] for at in range(number)):
+        with results.local(name) as path:
+            try:
+                table = pq.read_table(path, columns=list(_COLUMNS))
+            except (OSError, pa.ArrowException) as error:
+                raise JobError(f"{output}/{name} cannot be read: {str(error).splitlines()[0]}") from None
+        table = table.take(pc.sort_indices(table, [("sent_at", "ascending")]))
+        some = table.slice(max(0, len(table) - (MOST - len(held)) // number))
+        attempts += [{**one, "sent_at": one["sent_at"].timestamp()} for one in some.to_pylist()]
+    answers = [one for one in attempts if one["kind"] is None and one["completion_tokens"] is not None]
+    if len(answers) < least:
+        raise JobError(f"{output}: {len(answers)} answers with their usage are too few to rehearse by; {LEAST}, please")
+    if len(answers) < LEAST:
+        answers = attempts = []
     prompts = [one["prompt_tokens"] or 0 for one in answers]
     cached = [one["cached_tokens"] or 0 for one in answers]
     spans = [
@@ -102,7 +117,7 @@ def observe(output: str) -> Observed:
         for read, had, one in zip(prompts, cached, answers, strict=True)
     ]
     return Observed(
-        prompts={one["row"]: tokens for one, tokens in zip(answers, prompts, strict=True)},
+        prompts={one["row"]: (tokens, had) for one, tokens, had in zip(answers, prompts, cached, strict=True)},
         completions=tuple(one["completion_tokens"] for one in answers),
         cached=sum(cached) / max(1, sum(prompts)),
         pace=paced(spans),
@@ -115,6 +130,25 @@ def observe(output: str) -> Observed:
     )
 
 
+def _told(attempt: Attempt) -> dict[str, Any]:
+    """An attempt that the ledger still holds, as the columns that a published one has."""
+    answer = None
+    if attempt.body is not None and attempt.status == 200:
+        answer = openai.read(Reply(200, {}, attempt.body, Timing(0, 0.0)))
+    usage, times = (answer.usage, answer.times) if isinstance(answer, Answer) else (Usage(), ServiceTimes())
+    return {
+        "row": attempt.row,
+        "sent_at": attempt.sent_at / 1e6,
+        "status": attempt.status,
+        "kind": attempt.kind,
+        "latency": attempt.latency,
+        "queue_time": times.queue_time,
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "completion_tokens": usage.completion_tokens,
+    }
+
+
 def paced(spans: Sequence[tuple[float, float, float]]) -> Pace:
     """The pace that explains best what (uncached prompt tokens, completion tokens, seconds) say: nothing is below 0.
 
@@ -122,6 +156,8 @@ def paced(spans: Sequence[tuple[float, float, float]]) -> Pace:
     """
     best, error = (0.0, 0.0, 0.0), math.inf
     lines = [(1 / took, prompt / took, said / took) for prompt, said, took in spans if took > 0]
+    if not lines:
+        return Pace(*best, jitter=0.0)
     for size in (1, 2, 3):
         for chosen in combinations(range(3), size):
             found = _least_squares([[line[at] for at in chosen] for line in lines])
@@ -133,7 +169,7 @@ def paced(spans: Sequence[tuple[float, float, float]]) -> Pace:
             wrong = sum((sum(map(_times, weights, line)) - 1) ** 2 for line in lines)
             if wrong < error * (1 - 1e-9):
                 best, error = (weights[0], weights[1], weights[2]), wrong
-    spread = math.sqrt(error / len(lines)) if lines else 0.0
+    spread = math.sqrt(error / len(lines))
     return Pace(*best, jitter=min(1.0, math.sqrt(3) * spread))  # what is even between -j and j has this deviation
 
 
@@ -171,7 +207,7 @@ def _capacity(answers: Sequence[dict[str, Any]]) -> int | None:
     changes: list[tuple[float, int, int]] = []
     queued = 0
     for one in answers:
-        sent, waited = one["sent_at"].timestamp(), one["queue_time"] or 0.0
+        sent, waited = one["sent_at"], one["queue_time"] or 0.0
         if waited > QUEUED:
             changes += [(sent, 0, 1), (sent + waited, 1, -1)]
             queued += 1
@@ -198,6 +234,6 @@ def _queue_limit(attempts: Sequence[dict[str, Any]]) -> float | None:
 
 def _together(attempts: Sequence[dict[str, Any]]) -> int:
     """How many were under way at once."""
-    changes = [(one["sent_at"].timestamp(), 1) for one in attempts]
-    changes += [(one["sent_at"].timestamp() + one["latency"], -1) for one in attempts]
+    changes = [(one["sent_at"], 1) for one in attempts]
+    changes += [(one["sent_at"] + one["latency"], -1) for one in attempts]
     return max(accumulate(step for _, step in sorted(changes)), default=0)

@@ -4,10 +4,10 @@ import asyncio
 import os
 import random
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVarTuple, Unpack
 
@@ -15,9 +15,12 @@ import msgspec
 
 from batcher import engine
 from batcher.access import Access
+from batcher.errors import JobError
 from batcher.job import Job, from_document, parse_document
-from batcher.records import Failure, Reply, Request, Snapshot, Summary
-from batcher.simulator import Front, ModelTransport, Recorded, Settings, VirtualLoop
+from batcher.ledger import added_up, open_read_only, timeline_of
+from batcher.records import Failure, Reply, Request, Summary
+from batcher.rehearse.rows import Rows
+from batcher.simulator import Front, ModelTransport, NothingLeftError, Recorded, Settings, VirtualLoop
 
 _Ts = TypeVarTuple("_Ts")
 
@@ -36,17 +39,32 @@ _SIMULATED = ("-second", "-minute")
 """Limits that a rehearsal waits for; those of an hour or a day are reckoned with afterwards."""
 _TOKEN = 4
 """Bytes of a token, as the simulator counts."""
+BLOCK_TOKENS = 128
+BLOCK = BLOCK_TOKENS * _TOKEN
+"""Bytes that a cache knows whole or not at all."""
+_LEFT_OUT = {
+    "input": ("limit", "sample", "where", "id"),
+    "request": ("parse", "choices", "vote", "response_format"),
+    "schedule": ("budget_usd",),
+    "retry": ("repair",),
+}
+"""Keys that say which rows are asked, how answers are read, and what is kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
     """What the service is taken to be like. `ratio` is its prompt tokens for each estimated one, `cached` their share
-    that a cache has, `completions` are lengths of answers, each as likely as any other."""
+    that a cache has, `completions` are lengths of answers, each as likely as any other.
+
+    With `alike` prompts begin alike where the job's own do, for so much of their length as it says, and what a cache
+    has of them follows from that instead.
+    """
 
     settings: Mapping[str, Any]
     completions: Sequence[int]
     ratio: float = 1.0
     cached: float = 0.0
+    alike: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +85,8 @@ class Played:
     uncached: float
     completion: float
     cap: float | None
+    most: float
+    """USD that a request may cost at most, on average; 0 where the job has no budget."""
 
 
 class _Lengths(Recorded):
@@ -84,6 +104,14 @@ class _Lengths(Recorded):
         return ("yes " * max(1, self._completions[place % len(self._completions)]),)
 
 
+class _Read(msgspec.Struct):
+    """What a model reads of a request."""
+
+    tools: msgspec.Raw = msgspec.Raw()
+    messages: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
+
+
 class _Clock(VirtualLoop):
     """Virtual time in which every timer takes some."""
 
@@ -99,11 +127,15 @@ class _Line:
 
     name = "none"
 
-    def __init__(self, inner: ModelTransport, front: Front, model: Model) -> None:
-        self._inner, self._front, self._model = inner, front, model
+    def __init__(
+        self, inner: ModelTransport, front: Front, model: Model, most: Callable[[Request], float | None]
+    ) -> None:
+        """`most` tells what a request may cost."""
+        self._inner, self._front, self._model, self._most = inner, front, model, most
         self._now = asyncio.get_running_loop().time
         self.answered: list[float] = []
         self.prompts = self.caps = self.sent = 0
+        self.most = 0.0
         self.capped = True
 
     async def send(self, request: Request) -> Reply | Failure:
@@ -114,6 +146,7 @@ class _Line:
         self.sent += 1
         self.prompts += tokens
         self.caps += request.output_tokens
+        self.most += self._most(request) or 0.0
         self.capped = self.capped and request.output_tokens > 0
         result = await self._inner.send(msgspec.structs.replace(request, body=self._body(request, tokens)))
         if isinstance(result, Reply):
@@ -122,7 +155,11 @@ class _Line:
 
     def _body(self, request: Request, tokens: int) -> bytes:
         number = f"{request.row:0{_NUMBER}d}"
-        shared = "." * (_TOKEN * round(self._model.cached * tokens))
+        if self._model.alike is None:
+            shared = "." * (_TOKEN * round(self._model.cached * tokens))
+        else:
+            blocks = beginnings(request.body, BLOCK / (self._model.ratio * self._model.alike))
+            shared = "".join(block.ljust(BLOCK, ".") for block in blocks)[: _TOKEN * tokens - 2 * _NUMBER]
         text = (shared + number).ljust(_TOKEN * tokens - _NUMBER, "-") + number
         body: dict[str, object] = {"model": request.model}
         if request.endpoint == "chat":
@@ -144,19 +181,26 @@ class _Line:
         await self._inner.close()
 
 
-def bare(job: Job, rows: int, output: str, more: Mapping[str, Mapping[str, object]] | None = None) -> Job:
-    """The job over a sample of its rows (0: all), whose answers are only counted; `more` changes its sections."""
+def beginnings(body: bytes, size: float) -> list[str]:
+    """A digest of what the model reads up to the end of each whole block of `size` bytes: tools first."""
+    read = msgspec.json.decode(body, type=_Read)
+    said = b"".join(bytes(part) for part in (read.tools, read.messages, read.prompt) if part)
+    digest, made, done = blake2b(digest_size=8), [], 0
+    for number in range(1, int(len(said) / size) + 1):
+        end = int(number * size)
+        digest.update(said[done:end])
+        made.append(digest.hexdigest())
+        done = end
+    return made
+
+
+def bare(job: Job, output: str, more: Mapping[str, Mapping[str, object]] | None = None) -> Job:
+    """The job over rows that are given to it, whose answers are only counted; `more` changes its sections."""
     document = parse_document(job.document(), job.origin)
     document.pop("score", None)
-    request, given = document.get("request", {}), document.setdefault("input", {})
-    for key in ("parse", "choices", "vote", "response_format"):
-        request.pop(key, None)
-    schedule = document.setdefault("schedule", {})
-    schedule.pop("budget_usd", None)
-    document.setdefault("retry", {}).pop("repair", None)
-    if rows:
-        given.pop("limit", None)
-        given["sample"] = rows
+    for section, keys in _LEFT_OUT.items():
+        for key in keys:
+            document.setdefault(section, {}).pop(key, None)
     document["output"] = {"path": output, "keep": [], "rows_per_part": 5_000}
     for section, values in (more or {}).items():
         document.setdefault(section, {}).update(values)
@@ -166,14 +210,15 @@ def bare(job: Job, rows: int, output: str, more: Mapping[str, Mapping[str, objec
 def play(
     job: Job,
     model: Model,
-    rows: int,
+    rows: Rows,
     seed: int,
     more: Mapping[str, Mapping[str, object]] | None = None,
 ) -> Played:
-    """Run a job over a sample of its rows (0: all) against a model; the same seed gives the same. Nothing is sent.
+    """Run a job over these rows of its input against a model; the same seed gives the same. Nothing is sent.
 
     Raises what ends such a run: the errors of batcher.errors.
     """
+    most = engine.prepare(job, table=rows).most if job.schedule.budget_usd is not None else _nothing
     loop = _Clock(until=LONGEST, work=lambda: DISK)
     state = random.getstate()
     random.seed(seed)  # the jitter of waits
@@ -182,14 +227,20 @@ def play(
             tempfile.TemporaryDirectory(dir=_MEMORY, prefix="batcher-rehearse-") as folder,
             asyncio.Runner(loop_factory=lambda: loop) as runner,
         ):
-            return runner.run(_play(bare(job, rows, str(Path(folder, "out")), more), model, seed))
+            return runner.run(_play(bare(job, str(Path(folder, "out")), more), rows, model, seed, most))
+    except NothingLeftError as error:
+        raise JobError(f"{job.origin}: rehearsed, {error}") from None
     finally:
         random.setstate(state)
 
 
-async def _play(job: Job, model: Model, seed: int) -> Played:
+def _nothing(_: Request) -> None:
+    """Nobody asks what a request may cost."""
+
+
+async def _play(job: Job, rows: Rows, model: Model, seed: int, most: Callable[[Request], float | None]) -> Played:
     now = asyncio.get_running_loop().time
-    way: Access = engine.prepare(job).access
+    way: Access = engine.prepare(job, table=rows).access
     answers = _Lengths(model.completions, seed)
     settings = dict(model.settings)
     limits = settings.get("limits", {})
@@ -197,23 +248,21 @@ async def _play(job: Job, model: Model, seed: int) -> Played:
     front = Front(Settings(answers=answers, seed=seed, **settings), now, EPOCH, record=False)
     headers = {name.lower(): value for name, value in way.headers.items()}
     transport = ModelTransport(front, "Bearer rehearsal", job.service.timeout, way.dialect.refusal, headers)
-    line = _Line(transport, front, model)
-    held: Counter[str] = Counter()
-
-    def watch(snapshot: Snapshot) -> None:
-        held[snapshot.binds] += 1
-
-    summary = await engine.run(job, transport=line, watch=watch)
-    totals, looks = summary.totals, max(1, held.total())
+    line = _Line(transport, front, model, most)
+    summary = await engine.run(job, table=rows, transport=line)
+    with open_read_only(job.ledger_path) as ledger:
+        held = added_up(0, list(timeline_of(ledger))).held
+    totals, seconds = summary.totals, sum(held.values()) or 1.0
     sent, done = max(1, line.sent), max(1, totals.answered)
     return Played(
         summary,
         tuple(line.answered),
-        {what: number / looks for what, number in held.items()},
+        {what: took / seconds for what, took in held.items()},
         front.peak_in_flight,
         line.sent,
         line.prompts / sent,
         line.prompts / sent - totals.cached_tokens / done,
         totals.completion_tokens / done,
         line.caps / sent if line.capped else None,
+        line.most / sent,
     )
