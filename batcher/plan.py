@@ -1,5 +1,7 @@
 """What a job would send, cost and take, found out without sending anything."""
 
+import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -121,7 +123,7 @@ def plan(job: Job) -> Plan:
             assumed.append(f"answers of {count(guessed)} tokens" + (", as long as they may be" if capped else ""))
         try:
             pending = Selection(selection.rows & ~ended, rows - done)
-            forecast = foretell(prepared, pending, seen, given, spent, quick=True)
+            forecast = foretell(prepared, pending, seen, given, spent, _idle(seen), quick=True)
             assumed += forecast.assumed
         except BatcherError as error:
             ends = str(error).splitlines()[0]
@@ -313,6 +315,11 @@ def _seen(job: Job) -> Observed | None:
         return observe(str(job.results.folder or job.results), least=0)
     except JobError:
         return None  # what is damaged, a run says
+
+
+def _idle(seen: Observed | None) -> float:
+    """Seconds since the last run ended, in which its limits have refilled."""
+    return math.inf if seen is None or seen.noted_at is None else max(0.0, time.time() - seen.noted_at)
 
 
 def _is_bound(prepared: Prepared) -> bool:

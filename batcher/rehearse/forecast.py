@@ -36,7 +36,7 @@ MARGIN = 0.03
 """What the interval is wider by on both sides, as a share: chance in times, faults and prompts."""
 SPREAD = 0.8
 """The sigma of the lognormal lengths that are taken where only their mean is given."""
-_RESAMPLED = 400
+_RESAMPLED = 200
 _LENGTHS = 1_000
 _BEGUN, _ENDING = 0.3, 0.9
 """The shares of all answers between which a run goes on as it would for longer."""
@@ -138,30 +138,29 @@ def foretell(
     seen: Observed | None,
     given: Given,
     spent: float = 0.0,
+    idle: float = math.inf,
     quick: bool = False,
 ) -> Forecast:
-    """Forecast these rows of a job of which earlier runs have `spent` so many USD; as `rehearse` does.
+    """Forecast these rows of a job, as `rehearse` does.
 
-    A quick one looks at fewer rows, and not at what would change it.
+    Earlier runs have `spent` so many USD, and have left the account's limits `idle` for so many seconds. A quick
+    forecast looks at fewer rows, and not at what would change it.
     """
     job, rows = prepared.job, selection.size
     assumed: list[str] = []
     model = _model(prepared, seen, given, assumed)
-    cast = _cast(prepared, selection, _at_first(job, seen, quick))
+    cast = _cast(prepared, selection, FEW if quick else MOST)
     prompts = _prompts(prepared, cast, seen)
     model = replace(model, ratio=prompts.ratio)
-    rate = min(
-        (flow / amount for _, amount, flow, _ in _flows(job, model, _expected(model, prompts))), default=math.inf
-    )
-    size = min(len(cast), max(_FEWEST, int(min(MOST, rate * (SHORT if quick else LONGEST)))))
-    if size < len(cast):
+    size = _size(job, model, prompts, seen, rows, quick)
+    if size != len(cast):
         cast = _cast(prepared, selection, size)
     if size == rows:
         model = replace(model, alike=prompts.alike)
     measured = seen is not None and bool(seen.completions) and given.completion_tokens is None
     low, high = _bounds(model.completions, rows) if measured else (model.completions,) * 2
     runs = [
-        Outlook.of(play(job, replace(model, completions=lengths), cast, seed), job, model, size, rows)
+        Outlook.of(play(job, replace(model, completions=lengths), cast, seed), job, model, size, rows, idle)
         for seed, lengths in enumerate((model.completions, low, high))
         if measured or not quick or not seed
     ]
@@ -197,11 +196,19 @@ def foretell(
     )
 
 
-def _at_first(job: Job, seen: Observed | None, quick: bool) -> int:
-    """How many rows a run asks, whatever its limits are."""
-    own = job.schedule.max_in_flight
-    at_once = own if own != "auto" else seen.peak if seen else 0
-    return min(MOST, max(FEW, _ROUNDS * at_once)) if quick else MOST
+def _size(job: Job, model: Model, prompts: "Prompts", seen: Observed | None, rows: int, quick: bool) -> int:
+    """How many rows a run asks: enough to see how fast they go, and no more than it takes too long to play."""
+    takes = _expected(model, prompts)
+    rate = min((flow / amount for _, amount, flow, _ in _flows(job, model, takes)), default=math.inf)
+    most = min(MOST, max(_FEWEST, rate * (SHORT if quick else LONGEST)))
+    if quick:
+        own = job.schedule.max_in_flight
+        at_once = own if own != "auto" else seen.peak if seen else 0
+        settings = Settings(**model.settings)
+        each = settings.latency + takes.uncached * settings.seconds_per_prompt_token
+        each += takes.completion * settings.seconds_per_completion_token
+        most = min(most, max(FEW, _ROUNDS * min(at_once, rate * each)))
+    return min(rows, int(most))
 
 
 def _cast(prepared: Prepared, selection: Selection, size: int) -> Rows:
@@ -397,8 +404,8 @@ class Outlook:
     """What held requests back, the most first."""
 
     @classmethod
-    def of(cls, played: Played, job: Job, model: Model, size: int, rows: int) -> "Outlook":
-        """What became of `size` rows, gone on with to all of them."""
+    def of(cls, played: Played, job: Job, model: Model, size: int, rows: int, idle: float = math.inf) -> "Outlook":
+        """What became of `size` rows, gone on with to all of them, where limits had so many seconds to refill."""
         seconds = played.summary.seconds
         if size < rows:
             came = sorted(played.answered)
@@ -412,7 +419,7 @@ class Outlook:
         held = dict(played.held)
         # A sample may live on what is in full buckets, and a day's are not simulated at all.
         for bucket, amount, flow, level in _flows(job, model, takes):
-            least = (rows * amount - level) / flow
+            least = (rows * amount) / flow - min(idle, level / flow)
             if least > seconds:
                 held = {what: share * seconds / least for what, share in held.items()}
                 held[bucket] = held.get(bucket, 0.0) + 1 - seconds / least

@@ -21,7 +21,7 @@ from batcher.store import results_at
 
 LEAST = 20
 """Answers of which something can be said."""
-MOST, PARTS = 10_000, 8
+MOST, PARTS = 5_000, 8
 """Attempts that are looked at, and published parts that they are taken from."""
 QUEUED = 0.01
 """Seconds that a request has queued at least where the service was full."""
@@ -75,6 +75,8 @@ class Observed:
     peak: int
     """Requests that were in flight at once."""
     limits: tuple[KnownLimit, ...]
+    noted_at: int | None
+    """When its last run last said something, in seconds of UTC."""
     input: object
     """The input of that job, as it names it."""
 
@@ -126,6 +128,7 @@ def observe(output: str, least: int = LEAST) -> Observed:
         queue_limit=_queue_limit(attempts),
         peak=_together(attempts),
         limits=note.limits if note else (),
+        noted_at=note.time if note else None,
         input=job.get("input", {}).get("path"),
     )
 

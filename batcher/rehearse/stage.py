@@ -92,9 +92,11 @@ class Played:
 class _Lengths(Recorded):
     """An answer to every row, as long as the next of the lengths; the row's number ends its prompt."""
 
-    def __init__(self, completions: Sequence[int], seed: int) -> None:
+    def __init__(self, completions: Sequence[int], rows: int, seed: int) -> None:
         super().__init__({})
-        self._completions = list(completions)
+        # As many as there are rows, and spread as the given ones are: fewer would be shorter or longer by chance.
+        known = sorted(completions)
+        self._completions = [known[(2 * at + 1) * len(known) // (2 * rows)] for at in range(rows)]
         random.Random(seed).shuffle(self._completions)
         self._of: dict[int, int] = {}
 
@@ -241,7 +243,7 @@ def _nothing(_: Request) -> None:
 async def _play(job: Job, rows: Rows, model: Model, seed: int, most: Callable[[Request], float | None]) -> Played:
     now = asyncio.get_running_loop().time
     way: Access = engine.prepare(job, table=rows).access
-    answers = _Lengths(model.completions, seed)
+    answers = _Lengths(model.completions, len(rows), seed)
     settings = dict(model.settings)
     limits = settings.get("limits", {})
     settings["limits"] = {name: limit for name, limit in limits.items() if name.endswith(_SIMULATED)}
