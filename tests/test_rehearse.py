@@ -4,6 +4,8 @@ import asyncio
 import json
 import math
 import random
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,14 @@ import batcher
 from batcher import dialects, engine, rehearse
 from batcher.cli import main
 from batcher.errors import JobError
+from batcher.plan import plan, render
 from batcher.records import Summary
 from batcher.rehearse.forecast import Outlook
 from batcher.rehearse.observed import paced
 from batcher.rehearse.rows import Rows, positions
 from batcher.rehearse.stage import Model, play
-from batcher.simulator import Front, ModelTransport, Recorded, Settings, VirtualLoop, running
+from batcher.simulator import Front, ModelTransport, NothingLeftError, Recorded, Settings, VirtualLoop, running
+from batcher.status import status
 
 KEY = "csk-rehearse-0000000000"
 NOTHING: Mapping[str, Any] = {
@@ -63,8 +67,8 @@ def made(folder: Path, rows: int, url: str = "https://simulated.invalid/v1", **s
     return path
 
 
-def run(job: batcher.Job, settings: Settings) -> Summary:
-    """The real engine in virtual time."""
+def run(job: batcher.Job, settings: Settings, until: float = math.inf) -> Summary:
+    """The real engine in virtual time; after `until` seconds it breaks off where it is."""
 
     async def live() -> Summary:
         front = Front(settings, asyncio.get_running_loop().time, 1_790_000_000.0, record=False)
@@ -72,7 +76,7 @@ def run(job: batcher.Job, settings: Settings) -> Summary:
         return await engine.run(job, transport=transport)
 
     random.seed(7)  # the jitter of waits
-    with asyncio.Runner(loop_factory=lambda: VirtualLoop(work=lambda: 0.002)) as runner:
+    with asyncio.Runner(loop_factory=lambda: VirtualLoop(until=until, work=lambda: 0.002)) as runner:
         return runner.run(live())
 
 
@@ -181,6 +185,49 @@ def test_a_rehearsal_from_some_rows_is_near_what_all_come_to(tmp_path: Path) -> 
     assert forecast.seconds == pytest.approx(truth.seconds, rel=0.1)
     assert forecast.cost_usd == pytest.approx(truth.totals.cost_usd, rel=0.1)
     assert forecast.seconds_interval[0] <= truth.seconds <= forecast.seconds_interval[1]
+
+
+SLOW = Settings(**NOTHING, answers=Drawn(), capacity=4, latency=0.5, seconds_per_completion_token=0.005, queue_limit=60)
+
+
+def test_a_plan_goes_by_what_a_killed_run_saw(tmp_path: Path) -> None:
+    """Time and cost of the rows that are left, as they come to be; what is known of the service is in the ledger."""
+    job = batcher.load(made(tmp_path, 250))
+    with pytest.raises(NothingLeftError):
+        run(job, SLOW, until=10)
+    (tmp_path / "out").rename(tmp_path / "locked")  # the run that broke off is still in this process, and its lock too
+    shutil.copytree(tmp_path / "locked", tmp_path / "out")
+    looked = plan(job)
+    left, forecast = looked.rows - looked.done, looked.forecast
+    assert 30 < looked.done < 120
+    assert looked.measured
+    assert forecast is not None
+    assert (forecast.rows, forecast.bound) == (left, "capacity")
+    before = status(tmp_path / "out").cost_usd
+    truth = run(job, SLOW)
+    assert truth.totals.cost_usd is not None
+    assert before is not None
+    assert forecast.cost_interval is not None
+    assert forecast.seconds == pytest.approx(truth.seconds, rel=0.1)
+    assert forecast.cost_interval[0] <= truth.totals.cost_usd - before <= forecast.cost_interval[1]
+    told = render(looked)
+    assert re.search(r"^cost +about \$0\.\d+, between \$0\.\d+ and \$0\.\d+; at most \$", told, re.MULTILINE)
+    assert re.search(r"^time +about .+ s, between .+ s and .+ s, bound by capacity$", told, re.MULTILINE)
+    assert plan(job).forecast is None
+
+
+def test_a_plan_knows_the_limits_that_an_earlier_run_met(tmp_path: Path) -> None:
+    """A few answers say nothing of lengths, but what headers said of limits counts."""
+    job = batcher.load(made(tmp_path, 400, schedule={"max_in_flight": 4}))
+    assert "bound by schedule.max_in_flight" in render(plan(job))
+    limited = batcher.load(tmp_path / "job.toml", ["input.limit=5"])
+    run(limited, Settings(**{**NOTHING, "requests_per_minute": 30}, answers=Drawn()))
+    looked = plan(job)
+    assert not looked.measured
+    assert looked.forecast is not None
+    assert looked.forecast.seconds == pytest.approx(395 * 2, rel=0.05)
+    assert looked.forecast.bound == "requests per minute"
+    assert "assumed    answers of 100 tokens, as long as they may be" in render(looked)
 
 
 def test_a_sample_is_gone_on_with_as_its_middle_and_within_what_limits_leave(tmp_path: Path) -> None:
