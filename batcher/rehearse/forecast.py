@@ -28,6 +28,7 @@ and the rest goes on as its middle did."""
 FEW, SHORT = 400, 600.0
 """The same of a quick one, in which more are asked only where that many go at once."""
 _FEWEST = 50
+"""Rows of which there are answers enough to go by, though they last for an hour."""
 _ROUNDS = 4
 """How often all that go at once must have been answered until it is known how fast rows go."""
 SURE = 0.95
@@ -200,7 +201,7 @@ def _size(job: Job, model: Model, prompts: "Prompts", seen: Observed | None, row
     """How many rows a run asks: enough to see how fast they go, and no more than it takes too long to play."""
     takes = _expected(model, prompts)
     rate = min((flow / amount for _, amount, flow, _ in _flows(job, model, takes)), default=math.inf)
-    most = min(MOST, max(_FEWEST, rate * (SHORT if quick else LONGEST)))
+    most = min(MOST, max(1, rate * (SHORT if quick else LONGEST), min(_FEWEST, rate * _SECONDS["hour"])))
     if quick:
         own = job.schedule.max_in_flight
         at_once = own if own != "auto" else seen.peak if seen else 0
