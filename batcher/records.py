@@ -206,6 +206,10 @@ class Failure(msgspec.Struct, frozen=True, gc=False):
     should_retry: bool | None = None
     """Whether the service says to ask again; None where it does not say."""
 
+    def refills(self, limit: Limit) -> bool:
+        """Whether what it says to wait for is that all of a limit is there again; a minute's has something before."""
+        return limit.window <= 60 and limit.reset is not None and limit.reset == self.retry_after
+
 
 class Misfit(NamedTuple):
     """Why a text is no answer: the JSON pointer and the reason, at most 300 printable characters."""

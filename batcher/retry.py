@@ -82,7 +82,8 @@ class Again(NamedTuple):
 def decide(failure: Failure, tried: Mapping[Kind, int], max_attempts: int, max_invalid: int) -> Again | None:
     """Whether a failed attempt's row is asked again. `tried` counts its failed attempts, this one among them.
 
-    The service's own word counts, except where the row is not what it refuses: a quota, congestion, the key.
+    The service's own word counts, except where the row is not what it refuses: a quota, congestion, the key. A limit
+    that refills is the scheduler's to wait for: the row goes as soon as there is enough for it.
     """
     kind = failure.kind
     rule = Rule(max_invalid, AT_ONCE) if kind is Kind.INVALID_OUTPUT else RULES.get(kind)
@@ -94,7 +95,7 @@ def decide(failure: Failure, tried: Mapping[Kind, int], max_attempts: int, max_i
     charged = sum(n for k, n in tried.items() if k not in RULES or RULES[k].charged) - free_stale
     if charged >= max_attempts:
         return None
-    if failure.retry_after is not None:
+    if failure.retry_after is not None and not any(map(failure.refills, failure.limits)):
         stated = min(failure.retry_after, LONGEST_WAIT)
         return Again(stated + random.uniform(0, min(5.0, stated / 10)), rule.cost)
     state = cast(RetryCallState, SimpleNamespace(attempt_number=tried[kind]))

@@ -1,14 +1,20 @@
 """Again, and when? Each kind of failure has its rule, and some failures are the run's and not the row's."""
 
+import asyncio
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batcher import dialects, engine
 from batcher.errors import BatcherError, PausedError, ServiceError
-from batcher.records import Failure, Kind
+from batcher.job import from_document
+from batcher.records import Failure, Kind, Limit, Summary
 from batcher.retry import MAX_REQUEUES, Again, Guard, decide
+from batcher.simulator import Front, ModelTransport, Settings, VirtualLoop
 
 EVER = 1_000_000
 NEVER = 0
@@ -131,6 +137,57 @@ def test_stated_waits_are_spread() -> None:
     """Rows that were all told to wait for ten seconds do not come back in the same moment."""
     waits = [decide(failure(Kind.RATE_LIMITED, retry_after=10.0), {Kind.RATE_LIMITED: 1}, 6, 2) for _ in range(50)]
     assert len({wait.wait for wait in waits if wait is not None}) == 50
+
+
+@pytest.mark.parametrize(
+    ("window", "reset", "stated", "waits"),
+    [
+        (60.0, 40.0, 40.0, 0.5),  # all of it is there in 40 s, enough for a row before
+        (1.0, 0.9, 0.9, 0.5),
+        (60.0, 40.0, 12.0, 13.2),  # Retry-After is the service's own word
+        (60.0, None, 12.0, 13.2),
+        (3600.0, 900.0, 900.0, 905.0),
+    ],
+)
+def test_a_row_waits_no_longer_than_its_limit_needs(
+    window: float, reset: float | None, stated: float, waits: float
+) -> None:
+    """A limit that fills up steadily is for the scheduler to watch: it lets the row go as soon as there is enough."""
+    limits = (Limit("requests", 60.0, 100, 7, 3.0), Limit("tokens", window, 60_000, 0, reset))
+    again = decide(failure(Kind.RATE_LIMITED, retry_after=stated, limits=limits), {Kind.RATE_LIMITED: 1}, 6, 2)
+    assert again is not None
+    assert 0.05 <= again.wait <= waits
+    assert again.wait >= stated or waits < stated
+
+
+def test_a_small_run_ends_when_its_limit_lets_it(tmp_path: Path) -> None:
+    """The last row of a run was refused once: it goes when there are tokens for it, not when all of them are back."""
+    texts = (f"{row:06}".ljust(200 + row % 300, ".") for row in range(200))
+    (tmp_path / "rows.jsonl").write_text("\n".join(f'{{"text": "{text}"}}' for text in texts) + "\n")
+    document = {
+        "input": {"path": "rows.jsonl"},
+        "request": {"model": "gpt-oss-120b", "prompt": "{{ text }}", "max_completion_tokens": 100},
+        "service": {"base_url": "https://simulated.invalid/v1", "dialect": "cerebras"},
+        "output": {"path": "out"},
+    }
+    job = from_document(document, tmp_path, "job.toml")
+    rates: dict[str, Any] = {"requests_per_minute": None, "uncached_tokens_per_minute": None, "cache_tokens": 0}
+    books: list[Front] = []
+
+    async def live() -> Summary:
+        front = Front(Settings(tokens_per_minute=10_000, **rates), asyncio.get_running_loop().time, 1.79e9, record=True)
+        books.append(front)
+        return await engine.run(
+            job, transport=ModelTransport(front, "Bearer x", 60.0, dialects.named("cerebras").refusal)
+        )
+
+    with asyncio.Runner(loop_factory=lambda: VirtualLoop(work=lambda: 0.002)) as runner:
+        summary = runner.run(live())
+    [front] = books
+    assert any(entry.status == 429 for entry in front.book)
+    used = sum(entry.settled for entry in front.book)
+    needed = (used - 10_000) / 10_000 * 60
+    assert 10 < needed < summary.seconds < needed + 4
 
 
 TOLD_TO = (Kind.REJECTED, Kind.REQUEST_TOO_LARGE, Kind.FORBIDDEN, Kind.NOT_SERVED)

@@ -358,9 +358,8 @@ class Quota:
             until = guessed if stated is None else stated
             if stated is None and limit.window >= _DAY:
                 until = now + _HOUR
-            elif limit.reset is not None and limit.reset == failure.retry_after:
-                # No Retry-After, but the moment when all is there again: a minute's bucket has something before that.
-                until = min(until, guessed) if limit.window <= 60 else until
+            elif failure.refills(limit):
+                until = min(until, guessed)
             self._their(limit.resource, limit.window, now).block(until)
         return now if named else guessed if stated is None else stated
 
