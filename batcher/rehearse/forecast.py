@@ -15,7 +15,7 @@ from batcher.dialects import at_home
 from batcher.engine import Prepared, Selection
 from batcher.errors import JobError
 from batcher.job import SIMULATOR, Job, from_document, parse_document
-from batcher.records import Request, Totals
+from batcher.records import Request, Row, Totals
 from batcher.rehearse.observed import Observed
 from batcher.rehearse.rows import Rows, positions, read
 from batcher.rehearse.stage import BLOCK, BLOCK_TOKENS, Model, Played, bare, beginnings, play
@@ -156,8 +156,7 @@ def foretell(
     size = _size(job, model, prompts, seen, rows, quick)
     if size != len(cast):
         cast = _cast(prepared, selection, size)
-    if size == rows:
-        model = replace(model, alike=prompts.alike)
+    model = replace(model, alike=_alike(prepared, cast, prompts, seen, rows))
     measured = seen is not None and bool(seen.completions) and given.completion_tokens is None
     low, high = _bounds(model.completions, rows) if measured else (model.completions,) * 2
     runs = [
@@ -340,28 +339,47 @@ class Prompts(NamedTuple):
 def _prompts(prepared: Prepared, cast: Rows, seen: Observed | None) -> Prompts:
     """By rows that were answered, or else by the first of the cast."""
     job = prepared.job
-    composer = engine.prepare(bare(job, job.output.path), table=cast).composer
     if seen is not None and seen.input == parse_document(job.document(), job.origin).get("input", {}).get("path"):
         rows = list(read(prepared.source, sorted(seen.prompts)[:_COMPARED], prepared.composer.names))
-        made = [request for row in rows if isinstance(request := composer.compose(row), Request)]
+        made = _requests(job, cast, rows)
         counted = [seen.prompts[request.row] for request in made]
     else:
         rows = cast.first(_COMPARED)
-        made = [request for row in rows if isinstance(request := composer.compose(row), Request)]
+        made = _requests(job, cast, rows)
         whole = (prepared.composer.compose(row) for row in rows)  # with what the answers have to be like
         counted = [(request.prompt_tokens, 0) for request in whole if isinstance(request, Request)]
     estimated = sum(request.prompt_tokens for request in made)
-    ratio = sum(tokens for tokens, _ in counted) / estimated if estimated else 1.0
-    if not any(had for _, had in counted) or ratio <= 0:
-        return Prompts(estimated / max(1, len(made)), ratio or 1.0, None)
+    ratio = (sum(tokens for tokens, _ in counted) / estimated if estimated else 0.0) or 1.0
+    had = sum(had for _, had in counted)
+    share = had / (_repeated(made, ratio) or math.inf)
+    return Prompts(estimated / max(1, len(made)), ratio, (1.0 if share >= _WHOLE else share) or None)
+
+
+def _alike(prepared: Prepared, cast: Rows, prompts: Prompts, seen: Observed | None, rows: int) -> float | None:
+    """How much of what begins alike a cache has; None where so many of the rows that share are not of the cast that
+    the share that was seen is nearer."""
+    if prompts.alike is None or seen is None or len(cast) == rows:
+        return prompts.alike
+    made = _requests(prepared.job, cast, cast.first(len(cast)))
+    tokens = prompts.ratio * sum(request.prompt_tokens for request in made)
+    return prompts.alike if prompts.alike * _repeated(made, prompts.ratio) >= seen.cached * tokens else None
+
+
+def _requests(job: Job, cast: Rows, rows: Sequence[Row]) -> list[Request]:
+    """What is asked for these rows when it is played."""
+    composer = engine.prepare(bare(job, job.output.path), table=cast).composer
+    return [request for row in rows if isinstance(request := composer.compose(row), Request)]
+
+
+def _repeated(made: Sequence[Request], ratio: float) -> int:
+    """Tokens of requests, in whole blocks, that one before them began with too."""
     known: set[str] = set()
-    most = 0
+    repeated = 0
     for request in made:
         begins = beginnings(request.body, BLOCK / ratio)
-        most += sum(1 for _ in takewhile(known.__contains__, begins)) * BLOCK_TOKENS
+        repeated += BLOCK_TOKENS * sum(1 for _ in takewhile(known.__contains__, begins))
         known.update(begins)
-    share = sum(had for _, had in counted) / most if most else 0.0
-    return Prompts(estimated / len(made), ratio, (1.0 if share >= _WHOLE else share) or None)
+    return repeated
 
 
 def _bounds(completions: Sequence[int], rows: int) -> tuple[list[int], list[int]]:

@@ -39,6 +39,8 @@ _SIMULATED = ("-second", "-minute")
 """Limits that a rehearsal waits for; those of an hour or a day are reckoned with afterwards."""
 _TOKEN = 4
 """Bytes of a token, as the simulator counts."""
+_GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it, without their whole part, are spread evenly."""
 BLOCK_TOKENS = 128
 BLOCK = BLOCK_TOKENS * _TOKEN
 """Bytes that a cache knows whole or not at all."""
@@ -158,10 +160,13 @@ class _Line:
     def _body(self, request: Request, tokens: int) -> bytes:
         number = f"{request.row:0{_NUMBER}d}"
         if self._model.alike is None:
-            shared = "." * (_TOKEN * round(self._model.cached * tokens))
+            # Whole blocks are cached: now one more, now one less, so that it is the share on average.
+            share = self._model.cached * tokens / BLOCK_TOKENS
+            shared = "." * (BLOCK * int(share + request.row * _GOLDEN % 1))
         else:
             blocks = beginnings(request.body, BLOCK / (self._model.ratio * self._model.alike))
-            shared = "".join(block.ljust(BLOCK, ".") for block in blocks)[: _TOKEN * tokens - 2 * _NUMBER]
+            shared = "".join(block.ljust(BLOCK, ".") for block in blocks)
+        shared = shared[: _TOKEN * tokens - 2 * _NUMBER]
         text = (shared + number).ljust(_TOKEN * tokens - _NUMBER, "-") + number
         body: dict[str, object] = {"model": request.model}
         if request.endpoint == "chat":
