@@ -16,7 +16,7 @@ import pytest
 import batcher
 from batcher import dialects, engine, rehearse
 from batcher.cli import main
-from batcher.errors import JobError
+from batcher.errors import JobError, PausedError
 from batcher.plan import plan, render
 from batcher.records import Summary
 from batcher.rehearse.forecast import Outlook
@@ -228,6 +228,51 @@ def test_a_plan_knows_the_limits_that_an_earlier_run_met(tmp_path: Path) -> None
     assert looked.forecast.seconds == pytest.approx(395 * 2, rel=0.05)
     assert looked.forecast.bound == "requests per minute"
     assert "assumed    answers of 100 tokens, as long as they may be" in render(looked)
+
+
+def test_what_a_cache_has_follows_from_the_rows(tmp_path: Path) -> None:
+    """A pilot meets a prefix once, the job four times: the forecast is of the job."""
+    prices = {"gpt-oss-120b": {"input": 1.0, "output": 1.0, "cached": 0.0}}
+    path = made(tmp_path, 1, request={"prompt": "{{ text[6:] }} {{ text[0:6] }}"}, service={"prices": prices})
+    order = [*range(400)]
+    random.Random(5).shuffle(order)
+    lines = (json.dumps({"text": f"{row:06d}" + f"{row % 100:04d}".ljust(1_500, ".")}) for row in order)
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    job = batcher.load(path)
+    settings = Settings(
+        **{**NOTHING, "uncached_tokens_per_minute": 60_000, "cache_tokens": 100_000}, answers=Recorded({}), latency=0.3
+    )
+    run(rehearse.piloted(job, 100), settings)
+    seen = rehearse.observe(str(tmp_path / "out.pilot-100"))
+    forecast = rehearse.rehearse(job, seen, rehearse.Given())
+    truth = run(job, settings)
+    assert truth.totals.cost_usd is not None
+    assert truth.totals.cached_tokens > 2 * seen.cached * truth.totals.prompt_tokens
+    assert forecast.seconds == pytest.approx(truth.seconds, rel=0.1)
+    assert forecast.cost_usd == pytest.approx(truth.totals.cost_usd, rel=0.1)
+
+
+@pytest.mark.parametrize("share", [0.4, 1.2])
+def test_a_budget_is_foretold_to_be_reached(tmp_path: Path, share: float) -> None:
+    """So many rows are done when the run pauses, or all."""
+    whole = batcher.load(made(tmp_path, 200))
+    run(rehearse.piloted(whole, 60), SLOW)
+    seen = rehearse.observe(str(tmp_path / "out.pilot-60"))
+    cost = rehearse.rehearse(whole, seen, rehearse.Given()).cost_usd
+    assert cost is not None
+    job = batcher.load(tmp_path / "job.toml", [f"schedule.budget_usd={share * cost}"])
+    forecast = rehearse.rehearse(job, seen, rehearse.Given())
+    told = rehearse.render(forecast)
+    if share > 1:
+        assert forecast.reached is None
+        assert "it suffices" in told
+        assert run(job, SLOW).totals.answered == 200
+        return
+    with pytest.raises(PausedError, match="the budget is reached"):
+        run(job, SLOW)
+    done = status(tmp_path / "out").answered
+    assert forecast.reached == pytest.approx(done, rel=0.1)
+    assert f"it is reached after about {forecast.reached} rows and " in told
 
 
 def test_a_sample_is_gone_on_with_as_its_middle_and_within_what_limits_leave(tmp_path: Path) -> None:

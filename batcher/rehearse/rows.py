@@ -69,11 +69,12 @@ class Rows(Source):
             yield self._rows[at : at + size]
 
     def kept(self, start: int, stop: int, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """Of no column: nothing is carried along."""
-        assert not names
+        """Nothing but nulls: nobody reads what is carried along."""
         flags = [None if row.problem else False for row in self._rows[start:stop]]
         for at in range(0, len(flags), 8_192):
-            yield pa.record_batch([pa.array(flags[at : at + 8_192], pa.bool_())], names=[ALTERED])
+            altered = pa.array(flags[at : at + 8_192], pa.bool_())
+            nulls = [pa.nulls(len(altered), self.types[name]) for name in names]
+            yield pa.record_batch([*nulls, altered], names=[*names, ALTERED])
 
     def count(self, stopped: Callable[[], bool]) -> int | None:
         """They are counted."""
