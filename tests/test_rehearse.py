@@ -12,9 +12,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import batcher
-from batcher import dialects, engine, rehearse
+from batcher import bits, dialects, engine, rehearse
 from batcher.cli import main
 from batcher.errors import JobError, PausedError
 from batcher.plan import plan, render
@@ -288,6 +290,19 @@ def test_a_sample_is_gone_on_with_as_its_middle_and_within_what_limits_leave(tmp
     model = Model({**NOTHING, "limits": {"requests-day": 100}}, [40])
     days = Outlook.of(play(job, model, cast[50], 0), job, model, 50, 450).seconds / 86_400
     assert days == pytest.approx(3.5)
+
+
+@given(rows=st.sets(st.integers(0, 3_000), min_size=1), size=st.integers(1, 400))
+@settings(max_examples=60, deadline=None)
+def test_a_sample_is_of_the_whole_input(rows: set[int], size: int) -> None:
+    """As many as are wanted, each once, in order, and of each part of the input its share."""
+    drawn = positions(engine.Selection(bits.of(rows), len(rows)), size)
+    assert len(drawn) == min(size, len(rows))
+    assert drawn == sorted(set(drawn))
+    assert set(drawn) <= rows
+    half = max(rows) // 2
+    share = sum(row <= half for row in rows) / len(rows)
+    assert abs(sum(row <= half for row in drawn) - share * len(drawn)) <= 1 + len(drawn) / 8
 
 
 def test_the_pace_is_what_answers_took() -> None:

@@ -18,7 +18,7 @@ from batcher.job import SIMULATOR, Job, from_document, parse_document
 from batcher.records import Request, Row, Totals
 from batcher.rehearse.observed import Observed
 from batcher.rehearse.rows import Rows, positions, read
-from batcher.rehearse.stage import BLOCK, BLOCK_TOKENS, Model, Played, bare, beginnings, play
+from batcher.rehearse.stage import BLOCK, BLOCK_TOKENS, WINDOW, Model, Played, bare, beginnings, play
 from batcher.report import count, duration, money, printable
 from batcher.simulator import Settings
 
@@ -153,9 +153,10 @@ def foretell(
     cast = _cast(prepared, selection, FEW if quick else MOST)
     prompts = _prompts(prepared, cast, seen)
     model = replace(model, ratio=prompts.ratio)
-    size = _size(job, model, prompts, seen, rows, quick)
-    if size != len(cast):
-        cast = _cast(prepared, selection, size)
+    wanted = _size(job, model, prompts, seen, rows, quick)
+    if wanted != len(cast):
+        cast = _cast(prepared, selection, wanted)
+    size = len(cast)
     model = replace(model, alike=_alike(prepared, cast, prompts, seen, rows))
     measured = seen is not None and bool(seen.completions) and given.completion_tokens is None
     low, high = _bounds(model.completions, rows) if measured else (model.completions,) * 2
@@ -199,7 +200,8 @@ def foretell(
 def _size(job: Job, model: Model, prompts: "Prompts", seen: Observed | None, rows: int, quick: bool) -> int:
     """How many rows a run asks: enough to see how fast they go, and no more than it takes too long to play."""
     takes = _expected(model, prompts)
-    rate = min((flow / amount for _, amount, flow, _ in _flows(job, model, takes)), default=math.inf)
+    played = (flow / amount for _, amount, flow, level in _flows(job, model, takes) if level <= WINDOW * flow)
+    rate = min(played, default=math.inf)
     most = min(MOST, max(1, rate * (SHORT if quick else LONGEST), min(_FEWEST, rate * _SECONDS["hour"])))
     if quick:
         own = job.schedule.max_in_flight
@@ -328,11 +330,13 @@ def _limits(seen: Observed, given: Given) -> dict[str, int]:
 
 
 class Prompts(NamedTuple):
-    """What the job's requests say of prompts: their tokens as a rehearsal estimates them, and `ratio` of those that
-    are counted or expected to that; `alike` is how much of what begins alike a cache has, None where nothing does."""
+    """What the job's requests say: the tokens of a prompt as a rehearsal estimates them, and `ratio` of those that are
+    counted or expected to that; the cap on answers. `alike` is how much of what begins alike a cache has, None where
+    nothing does."""
 
     tokens: float
     ratio: float
+    cap: float
     alike: float | None
 
 
@@ -352,7 +356,9 @@ def _prompts(prepared: Prepared, cast: Rows, seen: Observed | None) -> Prompts:
     ratio = (sum(tokens for tokens, _ in counted) / estimated if estimated else 0.0) or 1.0
     had = sum(had for _, had in counted)
     share = had / (_repeated(made, ratio) or math.inf)
-    return Prompts(estimated / max(1, len(made)), ratio, (1.0 if share >= _WHOLE else share) or None)
+    number = max(1, len(made))
+    cap = sum(request.output_tokens for request in made) / number
+    return Prompts(estimated / number, ratio, cap, (1.0 if share >= _WHOLE else share) or None)
 
 
 def _alike(prepared: Prepared, cast: Rows, prompts: Prompts, seen: Observed | None, rows: int) -> float | None:
@@ -455,8 +461,8 @@ class Outlook:
 
 def _expected(model: Model, prompts: Prompts) -> Takes:
     """What a row will take about."""
-    prompt = prompts.tokens * prompts.ratio
-    return Takes(1.0, prompt, prompt * (1 - model.cached), sum(model.completions) / len(model.completions), None)
+    prompt, answer = prompts.tokens * prompts.ratio, sum(model.completions) / len(model.completions)
+    return Takes(1.0, prompt, prompt * (1 - model.cached), answer, prompts.cap or None)
 
 
 def _flows(job: Job, model: Model, takes: Takes) -> Iterator[tuple[str, float, float, float]]:

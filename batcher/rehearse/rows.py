@@ -10,24 +10,25 @@ from batcher.records import Row
 from batcher.source import ALTERED, FileIdentity, Source
 
 STRETCHES = 16
-"""Of rows that follow one another, as far apart as the selected rows allow."""
+"""Of the input, from which a sample takes rows that follow one another."""
 _FAR = 20_000
 """Rows: what is nearer is read on to, what is further is looked up."""
 
 
 def positions(selection: Selection, size: int) -> list[int]:
-    """The positions of `size` selected rows, or of all: the beginnings of as many stretches as there are, in order.
+    """The positions of `size` selected rows, or of all: the beginnings of equal stretches of the input, in order.
 
     Rows that stand together stay together, so that what they share is shared in a sample too.
     """
     if selection.size <= size:
         return bits.rows(selection.rows)
-    whole, stretches = selection.rows.bit_length(), min(STRETCHES, size)
+    whole, passed = selection.rows.bit_length(), 0
     found: list[int] = []
-    for number in range(stretches):
-        start, stop = whole * number // stretches, whole * (number + 1) // stretches
-        wanted = size * (number + 1) // stretches - len(found)
-        found += bits.rows(bits.cut(selection.rows, start, stop), start, wanted)
+    for number in range(STRETCHES):
+        start, stop = whole * number // STRETCHES, whole * (number + 1) // STRETCHES
+        here = bits.cut(selection.rows, start, stop)
+        passed += here.bit_count()
+        found += bits.rows(here, start, size * passed // selection.size - len(found))
     return found
 
 

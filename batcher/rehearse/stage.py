@@ -35,8 +35,8 @@ LONGEST = 400 * 86_400.0
 _MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 _NUMBER = 12
 """Digits of a row's number in its prompt."""
-_SIMULATED = ("-second", "-minute")
-"""Limits that a rehearsal waits for; those of an hour or a day are reckoned with afterwards."""
+_SIMULATED, WINDOW = ("-second", "-minute"), 60.0
+"""Limits that a rehearsal waits for, and the seconds of the longest; an hour's and a day's are reckoned afterwards."""
 _TOKEN = 4
 """Bytes of a token, as the simulator counts."""
 _GOLDEN = (5**0.5 - 1) / 2
