@@ -28,7 +28,7 @@ from batcher.job import SIMULATOR, Job, differences
 from batcher.ledger import added_up, done_rows, open_read_only, parts_of, spending_of, timeline_of
 from batcher.payload import pack
 from batcher.records import PATHS, UNIT, Failure, Kind, Request, Row
-from batcher.rehearse import Forecast, Given, Observed, foretell, has_plan, observe
+from batcher.rehearse import Forecast, Given, Observed, foretell, has_plan, kept, observe, served
 from batcher.report import count, duration, money, printable
 from batcher.source import FileIdentity, changed
 
@@ -123,7 +123,7 @@ def plan(job: Job) -> Plan:
             assumed.append(f"answers of {count(guessed)} tokens" + (", as long as they may be" if capped else ""))
         try:
             pending = Selection(selection.rows & ~ended, rows - done)
-            forecast = foretell(prepared, pending, seen, given, spent, _idle(seen), quick=True)
+            forecast = foretell(prepared, pending, seen, given, spent, _idle(seen), _since(seen), quick=True)
             assumed += forecast.assumed
         except BatcherError as error:
             ends = str(error).splitlines()[0]
@@ -192,6 +192,8 @@ def render(plan: Plan) -> str:
         ("cost", cost),
         *([("budget", _reach(plan))] if plan.budget is not None else []),
         ("time", _time(plan)),
+        *([("deadline", kept(plan.forecast))] if plan.forecast and plan.forecast.deadline is not None else []),
+        *([("tiers", served(plan.forecast))] if plan.forecast and len(plan.forecast.tiers) > 1 else []),
         *(("assumed", text) for text in plan.assumed),
         ("output", plan.output),
     ]
@@ -320,6 +322,11 @@ def _seen(job: Job) -> Observed | None:
 def _idle(seen: Observed | None) -> float:
     """Seconds since the last run ended, in which its limits have refilled."""
     return math.inf if seen is None or seen.noted_at is None else max(0.0, time.time() - seen.noted_at)
+
+
+def _since(seen: Observed | None) -> float:
+    """Seconds since the first run began, from which a deadline may count."""
+    return 0.0 if seen is None else time.time() - seen.begun_at
 
 
 def _is_bound(prepared: Prepared) -> bool:

@@ -277,6 +277,25 @@ def test_a_budget_is_foretold_to_be_reached(tmp_path: Path, share: float) -> Non
     assert f"it is reached after about {forecast.reached} rows and " in told
 
 
+def test_a_deadline_is_foretold_to_be_kept(tmp_path: Path) -> None:
+    """What flex cannot do by then goes to default, hardly more; without one both do all they can; or it is missed."""
+    limits = rehearse.Given(requests_per_minute=60, completion_tokens=30)  # flex has five times as many
+    kept, plain, missed = (
+        rehearse.rehearse(
+            batcher.load(made(tmp_path, 1_800, schedule={"service_tier": ["flex", "default"], **more})), None, limits
+        )
+        for more in ({"deadline": "270s"}, {}, {"deadline": "2m"})
+    )
+    assert kept.deadline == 270
+    assert 250 < kept.seconds <= 270
+    assert 0.08 < kept.tiers["default"] < 0.15
+    assert "kept" in rehearse.render(kept)
+    assert 235 < plain.seconds < 250
+    assert plain.tiers["default"] == pytest.approx(1 / 6, abs=0.01)
+    assert missed.seconds == pytest.approx(plain.seconds, rel=0.05)
+    assert "missed by 2 min" in rehearse.render(missed)
+
+
 def test_a_sample_is_gone_on_with_as_its_middle_and_within_what_limits_leave(tmp_path: Path) -> None:
     """A third of the rows says what all take, also where these live on full buckets; a day's limit lasts for days."""
     job = batcher.load(made(tmp_path, 450))

@@ -4,7 +4,18 @@
 what it comes to.
 """
 
-from batcher.rehearse.forecast import Change, Forecast, Given, foretell, has_plan, piloted, rehearse, render
+from batcher.rehearse.forecast import (
+    Change,
+    Forecast,
+    Given,
+    foretell,
+    has_plan,
+    kept,
+    piloted,
+    rehearse,
+    render,
+    served,
+)
 from batcher.rehearse.observed import Observed, observe
 
 __all__ = [
@@ -14,8 +25,10 @@ __all__ = [
     "Observed",
     "foretell",
     "has_plan",
+    "kept",
     "observe",
     "piloted",
     "rehearse",
     "render",
+    "served",
 ]

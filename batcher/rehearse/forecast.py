@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
 from itertools import takewhile
 from statistics import linear_regression
 from typing import Any, NamedTuple
@@ -111,6 +112,10 @@ class Forecast(msgspec.Struct, frozen=True):
     """None where the job has no budget."""
     reached: int | None
     """Rows that are done when the budget is reached and the run pauses; None where it suffices."""
+    deadline: float | None
+    """Seconds until the deadline; None where the job has none."""
+    tiers: Mapping[str, float]
+    """The share of the rows that each service tier would answer; empty where the job names no tiers."""
     assumed: tuple[str, ...]
     """What was taken for granted."""
 
@@ -140,12 +145,13 @@ def foretell(
     given: Given,
     spent: float = 0.0,
     idle: float = math.inf,
+    since: float = 0.0,
     quick: bool = False,
 ) -> Forecast:
     """Forecast these rows of a job, as `rehearse` does.
 
-    Earlier runs have `spent` so many USD, and have left the account's limits `idle` for so many seconds. A quick
-    forecast looks at fewer rows, and not at what would change it.
+    Earlier runs have `spent` so many USD, the first one began `since` so many seconds, and they have left the
+    account's limits `idle` for so many. A quick forecast looks at fewer rows, and not at what would change it.
     """
     job, rows = prepared.job, selection.size
     assumed: list[str] = []
@@ -160,8 +166,11 @@ def foretell(
     model = replace(model, alike=_alike(prepared, cast, prompts, seen, rows))
     measured = seen is not None and bool(seen.completions) and given.completion_tokens is None
     low, high = _bounds(model.completions, rows) if measured else (model.completions,) * 2
+    due = _due(job, since)
+    # Of a sample, the deadline is as much nearer as it is smaller.
+    aim = {} if due is None else {"schedule": {"deadline": max(1.0, due * size / rows)}}
     runs = [
-        Outlook.of(play(job, replace(model, completions=lengths), cast, seed), job, model, size, rows, idle)
+        Outlook.of(play(job, replace(model, completions=lengths), cast, seed, aim), job, model, size, rows, idle)
         for seed, lengths in enumerate((model.completions, low, high))
         if measured or not quick or not seed
     ]
@@ -190,9 +199,11 @@ def foretell(
         failed=round(middle.totals.failed * rows / size),
         in_flight=middle.played.peak,
         binds=middle.binds,
-        changes=() if quick else tuple(_changes(job, model, cast, middle, rows)),
+        changes=() if quick else tuple(_changes(job, model, cast, middle, rows, aim)),
         budget_usd=job.schedule.budget_usd,
         reached=_reached(job, middle, rows, spent),
+        deadline=due,
+        tiers={tier: number / middle.played.tiers.total() for tier, number in middle.played.tiers.items()},
         assumed=tuple(assumed),
     )
 
@@ -216,6 +227,14 @@ def _size(job: Job, model: Model, prompts: "Prompts", seen: Observed | None, row
 def _cast(prepared: Prepared, selection: Selection, size: int) -> Rows:
     """So many of the selected rows, or all."""
     return Rows(prepared.source, positions(selection, size), prepared.composer.names)
+
+
+def _due(job: Job, since: float) -> float | None:
+    """Seconds until the deadline, where the first run of the output began so many seconds ago."""
+    deadline = job.schedule.deadline
+    if isinstance(deadline, datetime):
+        return (deadline - datetime.now(UTC)).total_seconds()
+    return None if deadline is None else deadline - since
 
 
 def _reached(job: Job, outlook: "Outlook", rows: int, spent: float) -> int | None:
@@ -476,22 +495,28 @@ def _flows(job: Job, model: Model, takes: Takes) -> Iterator[tuple[str, float, f
         "uncached tokens": takes.requests * (takes.uncached + answer),
     }
     asked = job.request.parameters.get("model")
-    tier = "flex" if job.schedule.service_tier == "flex" else "default"
-    for bucket, limit in settings.limits_of(asked if isinstance(asked, str) else "", tier).items():
-        resource, _, window = bucket.replace("-", " ").rpartition(" ")
-        yield f"{resource} per {window}", amounts[resource], limit / _SECONDS[window], limit
+    tiers = {"flex" if tier == "flex" else "default" for tier in job.schedule.tiers or ("default",)}
+    limits = [settings.limits_of(asked if isinstance(asked, str) else "", tier) for tier in tiers]
+    for bucket in limits[0]:
+        if all(bucket in each for each in limits):
+            resource, _, window = bucket.replace("-", " ").rpartition(" ")
+            limit = sum(each[bucket] for each in limits)
+            yield f"{resource} per {window}", amounts[resource], limit / _SECONDS[window], limit
     for resource, amount in amounts.items():
         key = f"{resource.replace(' ', '_')}_per_minute"
         own = getattr(job.schedule, key)
         if own != "auto":
-            yield f"schedule.{key}", amount, own / 60, 0.0
+            yield f"schedule.{key}", amount, own / 60 * max(1, len(job.schedule.tiers)), 0.0
 
 
-def _changes(job: Job, model: Model, cast: Rows, middle: Outlook, rows: int) -> Iterator[Change]:
-    """What the one or two settings that could matter would come to, by rehearsing them too."""
+def _changes(
+    job: Job, model: Model, cast: Rows, middle: Outlook, rows: int, aim: Mapping[str, Mapping[str, object]]
+) -> Iterator[Change]:
+    """What the one or two settings that could matter would come to, by rehearsing them too; with `aim` as it is."""
     binds = next((what for what, _ in middle.binds if what not in _IDLE), "")
 
     def changed(what: str, model: Model, more: Mapping[str, Mapping[str, object]] | None = None) -> Change:
+        more = {name: {**aim.get(name, {}), **(more or {}).get(name, {})} for name in {*aim, *(more or {})}}
         other = bare(job, job.output.path, more) if more else job
         outlook = Outlook.of(play(job, model, cast, 0, more), other, model, len(cast), rows)
         return Change(what, outlook.seconds, outlook.cost)
@@ -536,12 +561,29 @@ def render(forecast: Forecast) -> str:
         ("cost", cost),
         ("tokens", tokens),
         *([("budget", _paused(forecast))] if forecast.budget_usd is not None else []),
+        *([("deadline", kept(forecast))] if forecast.deadline is not None else []),
+        *([("tiers", served(forecast))] if len(forecast.tiers) > 1 else []),
         ("at once", f"at most {count(forecast.in_flight)} requests"),
         ("held by", ", ".join(held) or "nothing"),
         *(("with", f"{one.what}: {duration(one.seconds)}, {money(one.cost_usd)}") for one in forecast.changes),
         *(("assumed", text) for text in forecast.assumed),
     ]
     return "\n".join(printable(f"{name:<9}{text}") for name, text in lines)
+
+
+def served(forecast: Forecast) -> str:
+    """Which service tier answers how much."""
+    return ", ".join(f"{name} {share:.0%}" for name, share in forecast.tiers.items())
+
+
+def kept(forecast: Forecast) -> str:
+    """Whether the deadline is kept; empty where there is none."""
+    if forecast.deadline is None:
+        return ""
+    if forecast.deadline <= 0:
+        return f"{duration(-forecast.deadline)} ago"
+    late = forecast.seconds - forecast.deadline
+    return f"in {duration(forecast.deadline)}: " + (f"missed by {duration(late)}" if late > 0 else "kept")
 
 
 def _paused(forecast: Forecast) -> str:

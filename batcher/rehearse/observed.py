@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import accumulate, combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,10 @@ class Observed:
     peak: int
     """Requests that were in flight at once."""
     limits: tuple[KnownLimit, ...]
+    begun_at: float
+    """When its first run began, in seconds of UTC."""
     noted_at: int | None
-    """When its last run last said something, in seconds of UTC."""
+    """When its last run last said something."""
     input: object
     """The input of that job, as it names it."""
 
@@ -95,6 +98,7 @@ def observe(output: str, least: int = LEAST) -> Observed:
     ledger = Path(job["output"].get("ledger") or f"{output}/ledger.sqlite")
     with open_read_only(ledger) as db:
         note, held = note_of(db), latest_attempts(db, UNIT, MOST // 2)
+        ((begun,),) = db.execute("SELECT value FROM meta WHERE key = 'begun'")
     attempts = [_told(one) for one in held if one.attempt]
     parts = sorted(name for name in results.parts() if name.startswith("attempts/"))
     number = min(PARTS, len(parts))
@@ -128,6 +132,7 @@ def observe(output: str, least: int = LEAST) -> Observed:
         queue_limit=_queue_limit(attempts),
         peak=_together(attempts),
         limits=note.limits if note else (),
+        begun_at=datetime.fromisoformat(begun.decode()).timestamp(),
         noted_at=note.time if note else None,
         input=job.get("input", {}).get("path"),
     )

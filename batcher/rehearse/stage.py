@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ BLOCK = BLOCK_TOKENS * _TOKEN
 _LEFT_OUT = {
     "input": ("limit", "sample", "where", "id"),
     "request": ("parse", "choices", "vote", "response_format"),
-    "schedule": ("budget_usd",),
+    "schedule": ("budget_usd", "deadline"),
     "retry": ("repair",),
 }
 """Keys that say which rows are asked, how answers are read, and what is kept."""
@@ -89,6 +90,8 @@ class Played:
     cap: float | None
     most: float
     """USD that a request may cost at most, on average; 0 where the job has no budget."""
+    tiers: Counter[str]
+    """Answers of each tier that was asked for by name."""
 
 
 class _Lengths(Recorded):
@@ -138,6 +141,7 @@ class _Line:
         self._inner, self._front, self._model, self._most = inner, front, model, most
         self._now = asyncio.get_running_loop().time
         self.answered: list[float] = []
+        self.tiers = Counter[str]()
         self.prompts = self.caps = self.sent = 0
         self.most = 0.0
         self.capped = True
@@ -155,6 +159,8 @@ class _Line:
         result = await self._inner.send(msgspec.structs.replace(request, body=self._body(request, tokens)))
         if isinstance(result, Reply):
             self.answered.append(self._now())
+            if request.tier is not None and result.status == 200:
+                self.tiers[request.tier] += 1
         return result
 
     def _body(self, request: Request, tokens: int) -> bytes:
@@ -272,4 +278,5 @@ async def _play(job: Job, rows: Rows, model: Model, seed: int, most: Callable[[R
         totals.completion_tokens / done,
         line.caps / sent if line.capped else None,
         line.most / sent,
+        line.tiers,
     )
