@@ -109,8 +109,8 @@ def plan(job: Job) -> Plan:
     learned = job.request.learned_cap is not None
     output = None if learned else _mean([request.output_tokens for request in requests])
     capped = not learned and all(request.output_tokens for request in requests)
-    prompt_cost = _mean([prepared.price(each.model, each.prompt_tokens, 0, 0, each.tier) for each in requests])
-    output_cost = _mean([prepared.price(each.model, 0, 0, each.output_tokens, each.tier) for each in requests])
+    prompt_cost = _mean([_dearest(prepared, each, each.prompt_tokens, 0) for each in requests])
+    output_cost = _mean([_dearest(prepared, each, 0, each.output_tokens) for each in requests])
     models = {request.model for request in requests}
     seen = None if refusal else _seen(job)
     measured = seen is not None and bool(seen.completions)
@@ -334,6 +334,13 @@ def _is_bound(prepared: Prepared) -> bool:
     own = prepared.job.schedule
     rates = (own.max_in_flight, own.requests_per_minute, own.tokens_per_minute, own.uncached_tokens_per_minute)
     return has_plan(prepared) or any(rate != "auto" for rate in rates)
+
+
+def _dearest(prepared: Prepared, request: Request, prompt: int, completion: int) -> float | None:
+    """The price of so many tokens in the dearest tier that a request may go to."""
+    tiers = prepared.job.schedule.tiers or (request.tier,)
+    prices = [prepared.price(request.model, prompt, 0, completion, tier) for tier in tiers]
+    return None if None in prices else max(price for price in prices if price is not None)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
