@@ -445,7 +445,7 @@ def _known(endpoint: str, given: Mapping[str, Any]) -> _Known:
     )
 
 
-_STEPS = tuple(sorted({2**power * part // 2 for power in range(14) for part in (2, 3)}))
+_STEPS: tuple[int, ...] = tuple(sorted({2**power * part // 2 for power in range(14) for part in (2, 3)}))
 """Blocks after which the digest of a prefix is taken: ever rarer, so that a long prompt has few."""
 
 
@@ -463,6 +463,11 @@ def _prefixes(values: Mapping[str, object]) -> bytes:
         made.append(digest.digest())
         done = end
     return b"".join(made)
+
+
+def prefix_tokens(place: int) -> int:
+    """About how many tokens long the prefix at this place is, of those that a request has digests of."""
+    return _STEPS[place] * BLOCK_BYTES // BYTES_PER_TOKEN
 
 
 def keyed(request: Request, key: str) -> Request:

@@ -124,7 +124,8 @@ def prompted(rows: int) -> pa.Table:
 
 def groups(prefixes: int, questions: Path | None) -> bool:
     """Print what each case comes to; whether every bar is met."""
-    small, bound = {"cache_tokens": SMALL_CACHE}, {"capacity": 64, "seconds_per_completion_token": 0.01}
+    small, tiny = {"cache_tokens": SMALL_CACHE}, {"cache_tokens": SMALL_CACHE // 40}
+    bound = {"capacity": 64, "seconds_per_completion_token": 0.01}
     cases: list[tuple[str, Callable[[], pa.Table], str | None, dict[str, Any]]] = [
         ("shuffled, grouped", lambda: shared(prefixes, SHARING, True), "auto", small),
         ("shuffled", lambda: shared(prefixes, SHARING, True), None, small),
@@ -139,6 +140,9 @@ def groups(prefixes: int, questions: Path | None) -> bool:
             ("bbh", lambda: bbh(questions)[0], None, small),
             ("bbh sorted, grouped", lambda: bbh(questions)[1], "auto", small),
             ("bbh sorted", lambda: bbh(questions)[1], None, small),
+            ("bbh, grouped, tiny caches", lambda: bbh(questions)[0], "auto", tiny),
+            ("bbh, tiny caches", lambda: bbh(questions)[0], None, tiny),
+            ("bbh sorted, grouped, tiny caches", lambda: bbh(questions)[1], "auto", tiny),
         ]
     found: dict[str, Result] = {}
     for name, rows, key, settings in cases:

@@ -146,6 +146,33 @@ def test_a_large_group_has_several_keys(tmp_path: Path) -> None:
     assert None not in keys
 
 
+def test_a_large_group_goes_together_where_caches_are_too_small_for_the_order(tmp_path: Path) -> None:
+    """In the input's order while the cache is thought to have it still; together once answers tell otherwise."""
+    texts = [("abc"[row % 3]) * 3000 for row in range(300)]
+    window = Window(tmp_path)
+    window.put(composed(texts))
+    before = window.take()
+    assert [one.request.row for one in before] == list(range(64))
+    assert {one.shares for one in before} == {4 * 128}
+    after = window.take(reuse=0.4)
+    assert len({one.request.cache_key for one in after}) <= 2  # 64 rows of one prefix, under two of its keys
+    assert {one.request.row % 3 for one in after} == {64 % 3}
+    assert {one.shares for one in after} == {0}
+    window.close()
+
+
+def test_what_a_cache_had_of_what_was_relied_on_is_known() -> None:
+    """Only where rows that are not brought together should have found something."""
+    dispatcher = Dispatcher(Pace(), 1000, 0.0)
+    for number in range(60):
+        dispatcher.offer([Turn(turn(number, "a").request, 0.0, group="a", shares=900)])
+        (ticket,) = going(dispatcher, number / 10)
+        assert dispatcher.reuse == pytest.approx(1.0) or number > 20
+        dispatcher.answered(ticket, Usage(1000, 10, 1010, 900 if number < 20 else 0), None, number / 10)
+        dispatcher.landed(1)
+    assert dispatcher.reuse < 0.5
+
+
 def test_a_prefix_of_most_rows_ties_nobody(tmp_path: Path) -> None:
     """One system prompt for all: the input's order, no key, nobody waits for another."""
     window = Window(tmp_path)

@@ -259,7 +259,7 @@ class Feed:
 
     async def _offer_oldest(self, window: Window) -> bool:
         """Offer the row that was read ahead the longest ago, with those of its group; false when the run ended."""
-        turns = await aside(window.take)
+        turns = await aside(window.take, self._dispatcher.reuse)
         for turn in turns:
             turn.ready = self._now()
         return await self._hand_over(turns)

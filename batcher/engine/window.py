@@ -9,7 +9,7 @@ from typing import IO, NamedTuple
 import msgspec
 
 from batcher.errors import StorageError
-from batcher.prompt import BYTES_PER_TOKEN, keyed
+from batcher.prompt import BYTES_PER_TOKEN, keyed, prefix_tokens
 from batcher.records import Turn
 
 MOST_ROWS = 1 << 16
@@ -21,6 +21,8 @@ TOGETHER = 64
 """Rows of a group that go in a row, before others have their turn; a group of more is large."""
 SOON = 50_000
 """Tokens between two rows of a large group after which the cache still has what they share, in the input's order."""
+ENOUGH = 0.5
+"""The share of what it should have, below which the cache is smaller than that."""
 _SEGMENT = 32 << 20
 _REMEMBERED = 100_000
 """Groups of which it is known, after they went, how many rows they had."""
@@ -86,17 +88,22 @@ class Window:
         except OSError as error:
             raise StorageError.of(self._folder, error) from None
 
-    def take(self) -> list[Turn]:
-        """The oldest rows, each with those that share most with it, and their keys. Raises StorageError."""
+    def take(self, reuse: float = 1.0) -> list[Turn]:
+        """The oldest rows, each with those that share most with it, and their keys. Raises StorageError.
+
+        `reuse` is what caches had of what they should have had by now, as a share.
+        """
         taken: list[Turn] = []
         try:
             while self._rows and len(taken) < TOGETHER:
-                group, rows = self._next()
+                group, rows, relies = self._next(reuse >= ENOUGH)
                 for row in rows:
                     waiting = self._rows[row]
                     waiting.segment.file.seek(waiting.start)
                     turn = _decode(waiting.segment.file.read(waiting.size))
                     self._leave(row, waiting)
+                    if relies and group is not None and turn.request.prefixes:
+                        turn.shares = prefix_tokens(waiting.prefixes.index(group))
                     taken.append(turn if group is None else self._named(turn, group))
         except OSError as error:
             raise StorageError.of(self._folder, error) from None
@@ -129,26 +136,29 @@ class Window:
             else:
                 self._sharing[prefix] = {known: None, row: None}
 
-    def _next(self) -> tuple[bytes | None, list[int]]:
-        """Which rows go next, and by what they belong together."""
+    def _next(self, keeps: bool) -> tuple[bytes | None, list[int], bool]:
+        """Which rows go next, by what they belong together, and whether the cache is relied on to have it still.
+
+        `keeps` says that caches are large enough for rows of a large group to go in the input's order.
+        """
         oldest, waiting = next(iter(self._rows.items()))
         group = self._group(waiting)
         if group is None:
-            return None, [oldest]
+            return None, [oldest], False
         sharing, rows = self._sharing[group], [oldest]
         here = sharing if isinstance(sharing, dict) else {oldest: None}
         large = self._gone.get(group, 0) + len(here) > TOGETHER
-        if large and self._bytes / len(here) <= SOON * BYTES_PER_TOKEN:
+        if large and keeps and self._bytes / len(here) <= SOON * BYTES_PER_TOKEN:
             if 2 * len(here) <= len(self._rows):
-                return group, [oldest]
+                return group, [oldest], True
             self._count(group)  # most rows begin with it: nobody waits for a leader
-            return None, [oldest]
+            return None, [oldest], False
         for looked_at, row in enumerate(here):
             if len(rows) >= TOGETHER or looked_at >= 4 * TOGETHER:
                 break
             if row != oldest and self._group(self._rows[row]) == group:  # others share more with one another
                 rows.append(row)
-        return group, rows
+        return group, rows, False
 
     def _group(self, waiting: _Waiting) -> bytes | None:
         """The longest prefix that a row shares with another one, here or gone."""

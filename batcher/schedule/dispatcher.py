@@ -258,6 +258,11 @@ class Dispatcher:
         return any(max(lane.waits_until, lane.quota.ready(_ONE, now)[0]) < now + 3600.0 for lane in lanes)
 
     @property
+    def reuse(self) -> float:
+        """What caches had of what they should have had of rows whose groups do not go together, as a share."""
+        return min(lane.sizes.reuse for lane in self._order)
+
+    @property
     def waiting(self) -> int:
         """Rows that were never sent yet."""
         return sum([lane.waiting for lane in self._order])

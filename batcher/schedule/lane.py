@@ -157,6 +157,8 @@ class Lane:
         if prompt is not None and completion is not None:
             followed = turn.group is not None and not turn.leads
             self.sizes.answered(turn.request, prompt, completion, usage.cached_tokens or 0, followed)
+            if followed and turn.shares and usage.cached_tokens is not None:
+                self.sizes.relied(usage.cached_tokens, turn.shares)
             used = prompt + completion
             self.quota.settle((0.0, amounts[1] - used, amounts[2] - used + (usage.cached_tokens or 0)), now)
             if self.caps is not None:

@@ -90,7 +90,7 @@ class Returns:
 class Sizes:
     """How many tokens requests of one model take, as usage comes back."""
 
-    __slots__ = ("_cached_shares", "_output_guess", "_prompt_ratio", "_reserved")
+    __slots__ = ("_cached_shares", "_output_guess", "_prompt_ratio", "_reserved", "reuse")
 
     def __init__(self) -> None:
         self._prompt_ratio = 1.0
@@ -98,6 +98,8 @@ class Sizes:
         self._reserved = 0.0
         self._cached_shares = [0.0, 0.0]
         """Of prompts: of those that go by themselves or ahead, and of those that follow another of their group."""
+        self.reuse = 1.0
+        """What caches had of what they should have had of rows that do not go together, as a share."""
 
     def estimate(self, request: Request, follows: bool = False) -> tuple[float, float]:
         """The tokens that will be reserved for a request: all, and those that no cache has.
@@ -113,6 +115,10 @@ class Sizes:
         self._prompt_ratio += _SLOWLY * (prompt / request.prompt_tokens - self._prompt_ratio)
         self._output_guess += _SLOWLY * (completion - self._output_guess)
         self._cached_shares[followed] += _SLOWLY * (cached / max(1, prompt) - self._cached_shares[followed])
+
+    def relied(self, cached: int, shares: int) -> None:
+        """An answer tells what a cache had of tokens that it should have had."""
+        self.reuse += _SLOWLY * (min(1.0, cached / shares) - self.reuse)
 
     def refused(self) -> None:
         """More is reserved for an answer without a cap than was charged here: refusals teach how much."""
