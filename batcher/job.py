@@ -52,8 +52,8 @@ class Service(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     headers_env: Text | None = None
     encoding: Literal["json", "msgpack"] = "json"
     compression: Literal["none", "gzip"] = "none"
-    transport: Literal["aiohttp", "reqwest"] | None = None
-    """The HTTP library; None: the faster one that is installed."""
+    transport: Literal["aiohttp", "reqwest"] = "aiohttp"
+    """The HTTP library."""
     timeout: float = 600.0
     proxy: bool = False
     prices: dict[str, Price] = {}

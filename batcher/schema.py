@@ -72,7 +72,7 @@ MEANINGS: Mapping[str, str] = {
     "service.prices": "USD per million tokens, by model; by tier too.",
     "service.proxy": "Use the proxy that the environment names.",
     "service.timeout": "For a whole request.",
-    "service.transport": "The HTTP library; the faster one that is installed when absent.",
+    "service.transport": "The HTTP library; reqwest comes with batcher[fast] and takes less CPU.",
     "schedule": "How much may be under way.",
     "schedule.budget_usd": "What all runs of the output may spend, in USD; never exceeded.",
     "schedule.deadline": "When all rows should be done: a time, or a span from the first start.",

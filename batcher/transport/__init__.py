@@ -6,7 +6,6 @@ the same whichever is used stands here and in `body`: sizes, packing, streams, w
 
 import asyncio
 import re
-import sys
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -67,9 +66,8 @@ class HttpTransport:
 
     `url` is the service's base address, `timeout` the seconds that a whole request may take. `secrets` are cut out of
     everything that comes back. `encoding` and `compression` are the job's; `silence` is how many seconds a stream may
-    stand still once it has begun to answer; `library` is the one to use. Where None it is pyreqwest if that is
-    installed, on Linux only: elsewhere requests that were cancelled would go on. JobError when the address or a header
-    cannot be sent, or the library is not there.
+    stand still once it has begun to answer; `library` is the one to use. JobError when the address or a header cannot
+    be sent, or the library is not there.
     """
 
     def __init__(
@@ -85,9 +83,9 @@ class HttpTransport:
         encoding: str = "json",
         compression: str = "none",
         silence: float = 60.0,
-        library: Library | None = None,
+        library: Library = "aiohttp",
     ) -> None:
-        self.name: str = library or ("reqwest" if _installed() and sys.platform == "linux" else "aiohttp")
+        self.name: str = library
         self._url = _address(url)
         self._urls = {endpoint: _address(url + path) for endpoint, path in PATHS.items()}
         self._dialect = dialect
@@ -221,16 +219,11 @@ class HttpTransport:
         return Failure(kind, words[:_LONGEST_MESSAGE], timing, status, body=body, paid=kind in _PAID)
 
 
-def _installed() -> bool:
-    """Whether the faster library is there."""
-    return find_spec("pyreqwest") is not None
-
-
 def _client(name: str, settings: Settings) -> Client:
     """The library of that name."""
     if name == "aiohttp":
         return Aiohttp(settings)
-    if not _installed():
+    if find_spec("pyreqwest") is None:
         raise JobError('[service] transport = "reqwest" needs pyreqwest: pip install "batcher[fast]"')
     from batcher.transport.reqwest import Reqwest
 
