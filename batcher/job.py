@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import date, datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -484,14 +484,11 @@ def _schedule(given: Mapping[str, object], request: Mapping[str, object], origin
 
 def _deadline(given: object, origin: str) -> float | datetime:
     """Seconds, or a moment; without a zone it is this machine's."""
-    if isinstance(given, datetime):
-        return given.astimezone()
     with suppress(ValueError):
-        if (seconds := duration(given)) > 0:
-            return seconds
-    if isinstance(given, str):
+        return duration(given)
+    if isinstance(given, str | date):
         with suppress(ValueError, OverflowError):
-            return datetime.fromisoformat(given).astimezone()
+            return datetime.fromisoformat(given if isinstance(given, str) else given.isoformat()).astimezone()
     may_be = 'a duration such as "6h", or a time such as 2027-01-31T06:00:00Z'
     raise JobError(f"{origin}: schedule.deadline: {may_be}, not {shown(given)}")
 

@@ -138,6 +138,10 @@ class Turn(msgspec.Struct, gc=False):
     """What it shares its prefix by with other rows, which wait for the first one's answer; None: it goes by itself."""
     leads: bool = False
     """Whether it went ahead of its group."""
+    earliest: int = 0
+    """The first tier of a list that it may go to before `barred`: those before it have just had no room for it."""
+    barred: float = 0.0
+    """Monotonic seconds."""
     shares: int = 0
     """Tokens that a cache should still have of it though its group does not go together; 0: nobody relies on that."""
 

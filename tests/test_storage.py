@@ -42,7 +42,7 @@ def check_whole(disk: disks.Disk, service: Simulator, rows: int, output: Path) -
 def test_the_disk_fills_while_answers_are_recorded(tmp_path: Path) -> None:
     """The run stops sending and says so; what had been answered by then, in flight or not, is never asked again."""
     stories.write_jsonl(tmp_path / "rows.jsonl", 600)
-    with stories.service() as service, disks.tmpfs(tmp_path / "disk", "size=40m") as disk:
+    with stories.service(latency=0.05) as service, disks.tmpfs(tmp_path / "disk", "size=40m") as disk:
         job = stories.write_job(tmp_path, service.url, more={"output": OUT})
         process = disk.begin("run", str(job), "--quiet")
         disks.until(lambda: len(service.book) >= 100, process)
@@ -58,8 +58,8 @@ def test_the_disk_fills_while_answers_are_recorded(tmp_path: Path) -> None:
 
 def test_a_disk_that_stays_full_keeps_what_was_recorded(tmp_path: Path) -> None:
     """Somebody takes the reserve too: what the ledger had is kept, and the requests in flight alone are repeated."""
-    stories.write_jsonl(tmp_path / "rows.jsonl", 300)
-    with stories.service() as service, disks.tmpfs(tmp_path / "disk", "size=40m") as disk:
+    stories.write_jsonl(tmp_path / "rows.jsonl", 600)
+    with stories.service(latency=0.05) as service, disks.tmpfs(tmp_path / "disk", "size=40m") as disk:
         job = stories.write_job(tmp_path, service.url, more={"output": OUT})
         process = disk.begin("run", str(job), "--quiet")
         disks.until(lambda: len(service.book) >= 100, process)
@@ -69,8 +69,8 @@ def test_a_disk_that_stays_full_keeps_what_was_recorded(tmp_path: Path) -> None:
         told(disks.ended(process))
         disk.clear()
         assert disk.program("run", str(job), "--quiet").returncode == 0
-        stories.check_complete(disk.seen / "out", 300, service)
-        assert len(service.book) <= 300 + 2 * 16
+        stories.check_complete(disk.seen / "out", 600, service)
+        assert len(service.book) <= 600 + 2 * 16
         assert disk.program("verify", str(disk.path / "out")).returncode == 0
 
 
@@ -127,7 +127,7 @@ def test_wherever_the_disk_has_no_more_files(tmp_path: Path) -> None:
 def test_a_ledger_on_another_disk_may_fill_it(tmp_path: Path) -> None:
     """The parts have room, the ledger has not: the same end, the same going on."""
     stories.write_jsonl(tmp_path / "rows.jsonl", 600)
-    with stories.service() as service, disks.tmpfs(tmp_path / "disk", "size=40m") as disk:
+    with stories.service(latency=0.05) as service, disks.tmpfs(tmp_path / "disk", "size=40m") as disk:
         job = stories.write_job(tmp_path, service.url, more={"output": {"path": "out", "ledger": "disk/it.sqlite"}})
         process = disk.begin("run", str(job), "--quiet")
         disks.until(lambda: len(service.book) >= 100, process)

@@ -1,5 +1,6 @@
 """A list of service tiers: what one has no room for goes to the next; with a deadline, only what would be late."""
 
+import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -14,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import batcher
-from batcher.errors import JobError
+from batcher import dialects, engine
+from batcher.errors import BatcherError, JobError, PausedError
 from batcher.job import from_document
 from batcher.prompt import Composer
 from batcher.records import Request, Row, Summary
 from batcher.schedule import Deadline
-from batcher.simulator import Simulator
+from batcher.simulator import Front, ModelTransport, Settings, Simulator, VirtualLoop
 from batcher.verify import verify
 from tests import stories
 
@@ -110,6 +112,59 @@ def test_a_list_names_each_tier_once(tmp_path: Path) -> None:
     assert batcher.load(path).schedule.tiers == tuple(TIERS)
 
 
+Ended = tuple[Summary | BatcherError, float]
+"""How a run ends, and how many seconds it took."""
+
+
+def virtual(folder: Path, rows: int, settings: dict[str, Any], **schedule: object) -> Ended:
+    """A run over rows of flex and default, in virtual time."""
+    folder.mkdir(exist_ok=True)
+    stories.write_jsonl(folder / "rows.jsonl", rows)
+    more: dict[str, dict[str, object]] = {"schedule": {"service_tier": TIERS[:2], **schedule}}
+    job = batcher.load(stories.write_job(folder, "https://simulated.invalid/v1", more=more))
+    nothing = dict.fromkeys(("requests_per_minute", "tokens_per_minute", "uncached_tokens_per_minute"))
+
+    async def live() -> Ended:
+        now = asyncio.get_running_loop().time
+        front = Front(Settings(**{**nothing, "latency": 0.5, **settings}), now, 1_790_000_000.0, record=False)
+        headers = {name.lower(): value for name, value in engine.prepare(job).access.headers.items()}
+        refusal = dialects.named("cerebras").refusal
+        transport = ModelTransport(front, f"Bearer {stories.KEY}", 60.0, refusal, headers)
+        try:
+            return await engine.run(job, transport=transport), now()
+        except BatcherError as error:
+            return error, now()
+
+    with asyncio.Runner(loop_factory=lambda: VirtualLoop(until=1e5, work=lambda: 0.002)) as runner:
+        return runner.run(live())
+
+
+def test_a_tier_that_had_no_room_is_asked_again_later(tmp_path: Path) -> None:
+    """Where the next one is shut for a day, rows that the first has refused go there after a while."""
+    narrow = {"capacities": {"flex": 2}, "limits": {"default:requests-day": 50}}
+    ended, seconds = virtual(tmp_path, 200, narrow, queue_threshold="50ms", wait=False)
+    assert isinstance(ended, Summary)
+    assert ended.totals.answered == 200
+    assert seconds < 200
+
+
+def test_a_budget_with_several_tiers_ends_in_a_pause(tmp_path: Path) -> None:
+    """Whichever tier a row was to go to, and where the cheaper one never takes it."""
+    ended, _ = virtual(tmp_path / "a", 200, {"capacities": {"flex": 2}}, queue_threshold="50ms", budget_usd=0.004)
+    assert isinstance(ended, PausedError)
+    assert "the budget is reached" in str(ended)
+    ended, _ = virtual(tmp_path / "b", 40, {"limits": {"flex:tokens-minute": 60}}, budget_usd=0.001)
+    assert isinstance(ended, PausedError)
+    assert "the budget is reached" in str(ended)
+
+
+def test_a_deadline_keeps_no_tier_shut_that_alone_has_quota(tmp_path: Path) -> None:
+    """A run that does not wait for a day's limit goes on in the next tier, needed or not."""
+    ended, seconds = virtual(tmp_path, 200, {"limits": {"flex:requests-day": 60}}, deadline="1h", wait=False)
+    assert isinstance(ended, Summary)
+    assert seconds < 300
+
+
 # Deadlines
 
 COURSES: dict[str, Callable[[float], float]] = {
@@ -190,8 +245,11 @@ def test_a_deadline_is_kept_or_said_to_be_missed(tmp_path: Path) -> None:
         assert first.late is not None
         assert -6 * 3600 < first.late < -5 * 3600
         assert ", met" in done.stdout
+        stories.run(stories.write_job(tmp_path, service.url, more=long))
+        assert summary(tmp_path).late == first.late, "there was nothing left to do"
         stories.run(stories.write_job(tmp_path, service.url, more={"schedule": {"deadline": "6h"}}))
         assert summary(tmp_path).deadline == first.deadline
+        assert summary(tmp_path).late != first.late
         past = datetime.now(UTC) - timedelta(hours=1)
         stories.write_jsonl(tmp_path / "rows.jsonl", 50)
         (tmp_path / "more").mkdir()

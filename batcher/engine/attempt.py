@@ -151,8 +151,8 @@ class Attempts:
         self._count_failed(attempt, failure)
         now = self._now()
         self._dispatcher.failed(ticket, failure, now)
-        elsewhere = failure.kind is Kind.DAY_QUOTA and self._dispatcher.has_quota(ticket.turn, now)
-        if not elsewhere and (ended := self._guard.failed(failure, attempt.row, now)):
+        spared = failure.kind is Kind.DAY_QUOTA and self._dispatcher.has_quota(ticket.turn, now)
+        if not spared and (ended := self._guard.failed(failure, attempt.row, now)):
             self._end(ended)
             return
         self._dispatcher.pause(self._guard.key_paused_until, "the key")
@@ -176,8 +176,10 @@ class Attempts:
                 request = repair(self._prepared, plain, attempt)
             if failure.kind is Kind.TRUNCATED:
                 floor = request.output_tokens
-            wait = 0.0 if self._dispatcher.elsewhere(turn, failure) else again.wait
-            self._dispatcher.again(Turn(request, now + wait, turn.attempt + 1, tried, plain, floor), again.cost)
+            ready, elsewhere = now + again.wait, self._dispatcher.elsewhere(turn, failure)
+            more = Turn(request, now if elsewhere else ready, turn.attempt + 1, tried, plain, floor, turn.group)
+            more.earliest, more.barred = elsewhere, ready if elsewhere else now
+            self._dispatcher.again(more, again.cost)
             self._turns.wake()
         elif self._guard.holds(failure):
             self.held.append(attempt)

@@ -436,6 +436,9 @@ class _Run:
             )
         wait = self._turns.until - now if self._turns.until is not None and not self._dispatcher.in_flight else 0.0
         if wait > LONGEST_WAIT and not self._prepared.job.schedule.wait:
+            if self._dispatcher.opens():
+                self._turns.wake()
+                return None
             until = f"until {datetime.fromtimestamp(self._clock(now + wait), UTC):%Y-%m-%d %H:%M} UTC"
             return PausedError(
                 f"{self._dispatcher.pressure().binds}: used up for {wait / 3600:.1f} h, {until}\n"
@@ -526,7 +529,7 @@ class _Run:
             budget_usd=self._prepared.job.schedule.budget_usd,
             spent=self._ledger.spending(),
             deadline=None if self._due is None else self._due.isoformat(timespec="seconds"),
-            late=None if self._deadline is None or self._ending else round(self._now() - self._deadline.at, 3),
+            late=await aside(self._late),
         )
         self._enter(summary.state)
         if not self._hasty:
@@ -544,6 +547,21 @@ class _Run:
         if self._ending is not None:
             raise self._ending
         return summary
+
+    def _late(self) -> float | None:
+        """Seconds after the deadline at which all was done, below 0: before it; None where it is not, or there is none.
+
+        Where nothing was left to do, it is what the run before has said.
+        """
+        if self._deadline is None or self._due is None or self._ending is not None:
+            return None
+        late = round(self._now() - self._deadline.at, 3)
+        with suppress(StorageError, msgspec.MsgspecError):
+            if not self._counts.rows and (former := self._prepared.job.results.read("summary.json")) is not None:
+                said = msgspec.json.decode(former, type=Summary)
+                if said.late is not None and said.deadline == self._due.isoformat(timespec="seconds"):
+                    return said.late
+        return late
 
 
 def _budget(prepared: Prepared, ledger: Ledger) -> Budget | None:

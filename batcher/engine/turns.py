@@ -74,10 +74,10 @@ class Turns:
         if self.closed:
             return None
         granted = self._dispatcher.take(self._loop.time())
+        if not self._wanted.is_set() and self._dispatcher.hungry():
+            self._wanted.set()  # also where none may go: rows may have been left for another run
         if isinstance(granted, Ticket):
             self.until = None
-            if not self._wanted.is_set() and self._dispatcher.hungry():
-                self._wanted.set()
             return granted
         self.until = granted
         if granted is not None:

@@ -300,6 +300,9 @@ def _model(prepared: Prepared, seen: Observed | None, given: Given, assumed: lis
     elif not limits:
         assumed.append("no limit of the service is known: none is rehearsed")
     settings["limits"] = limits
+    limited = limits or "requests_per_minute" not in settings
+    if limited and "flex" in job.schedule.tiers and not any(":flex:" in name for name in limits):
+        assumed.append(f"flex is taken to have {Settings().flex_limits:g} times these limits")
     for key, value in (
         ("latency", given.latency),
         ("seconds_per_completion_token", given.completion_token),
@@ -451,7 +454,9 @@ class Outlook:
     def of(cls, played: Played, job: Job, model: Model, size: int, rows: int, idle: float = math.inf) -> "Outlook":
         """What became of `size` rows, gone on with to all of them, where limits had so many seconds to refill."""
         seconds = played.summary.seconds
-        if size < rows:
+        if size < rows and job.schedule.deadline is not None and len(job.schedule.tiers) > 1:
+            seconds *= rows / size  # as the deadline was nearer: a later tier begins late, so no part is like the whole
+        elif size < rows:
             came = sorted(played.answered)
             middle = range(int(_BEGUN * len(came)), int(_ENDING * len(came)))
             each = seconds / size

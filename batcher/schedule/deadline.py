@@ -57,7 +57,8 @@ class Deadline:
         """`at` is the moment, of the same clock as `now`; without a list of tiers there is one."""
         self.at = at
         self.open = 1
-        """Tiers, from the first, that rows may go to."""
+        """Tiers, from the first, that rows may go to; and how many of them never close again."""
+        self.least = 1
         self.late: float | None = None
         """Seconds after the moment at which all rows are done if all tiers are open; below 0: before; None: unknown."""
         self._begun = self._looked = now
@@ -85,7 +86,7 @@ class Deadline:
             return None  # it is too early to say
         everything = sum(rates)
         self.late = now + left / everything - self.at if everything else None
-        wanted = self._wanted(left, rates, aim)
+        wanted = max(self.least, self._wanted(left, rates, aim))
         if wanted <= self.open:
             self._too_slow_since = None
         elif self._too_slow_since is None:

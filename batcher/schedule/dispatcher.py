@@ -248,9 +248,17 @@ class Dispatcher:
         """Whether the service does not answer requests for this one's model."""
         return self._lane(turn).breaker.open_since is not None
 
-    def elsewhere(self, turn: Turn, failure: Failure) -> bool:
-        """Whether a row that a tier had no room for may go to a later one, without waiting for this one."""
-        return self._deadline is None and no_room(failure) and self._tier(turn) < len(self._tiers) - 1
+    def elsewhere(self, turn: Turn, failure: Failure) -> int:
+        """The place of the tier that a row may go to at once, as the one that it went to had no room; 0: none."""
+        tier = self._tier(turn) + 1
+        return tier if self._deadline is None and no_room(failure) and tier < len(self._tiers) else 0
+
+    def opens(self) -> bool:
+        """Open one more tier, whatever the deadline needs: those that are open have no quota. False: all are."""
+        if self._deadline is None or self._open_tiers >= len(self._tiers):
+            return False
+        self._open_tiers = self._deadline.open = self._deadline.least = self._open_tiers + 1
+        return True
 
     def has_quota(self, turn: Turn, now: float) -> bool:
         """Whether some tier of a list has quota for a row within the hour."""
@@ -355,7 +363,7 @@ class Dispatcher:
 
     def _from(self, lane: Lane, for_retries: float, now: float) -> Ticket | tuple[float, str]:
         """The next request of a lane; or from when on one may go, inf where something must happen first, and why."""
-        granted = self._through(lane, lane, 0, True, for_retries, now)
+        granted = self._through(lane, lane, 0, True, False, for_retries, now)
         if not lane.below or isinstance(granted, Ticket):
             return granted
         # A window that congestion has not bounded yet is no sign that there is no room.
@@ -363,18 +371,18 @@ class Dispatcher:
         for tier, below in enumerate(lane.below, 1):
             never = granted[0] <= now
             if tier < self._open_tiers or never:
-                other = self._through(below, lane, tier, spills or never, for_retries, now)
+                other = self._through(below, lane, tier, spills or never, never, for_retries, now)
                 if isinstance(other, Ticket):
                     return other
                 granted = other if never or other[0] < granted[0] else granted
         return granted
 
     def _through(
-        self, lane: Lane, rows: Lane, tier: int, spills: bool, for_retries: float, now: float
+        self, lane: Lane, rows: Lane, tier: int, spills: bool, never: bool, for_retries: float, now: float
     ) -> Ticket | tuple[float, str]:
         """The next request to this lane's tier of the rows that stand in another one; else as `_from`.
 
-        A moment that is not later than now says that its row is too large for this tier, whenever it goes.
+        `never` says that no earlier tier can take it. A moment that is not later than now says so for this one.
         """
         if lane.out >= int(lane.window.size):
             return inf, "capacity" + lane.name
@@ -383,23 +391,26 @@ class Dispatcher:
             return max(probe, lane.waits_until), "outage"
         if lane.waits_until > now:
             return lane.waits_until, "the service's wait"
-        found = rows.next(now, for_retries, tier, self._deadline is None, spills)
+        found = rows.next(now, for_retries, tier, spills)
         if found is None:
             at, what = rows.soonest(lambda cost: self._retries_at + cost - self._retries)
-            # What may go and does not is for a later tier, which may not take it yet.
-            return at if at > now or not rows.below else now + 1.0, what
+            return inf if tier else at, what  # the first tier says when
         turn, cost = found
         if lane.caps is not None:
             lane.cap(turn, lane.caps, now)
+        amounts = lane.amounts(turn, turn.group is not None and rows.groups.follows(turn, now))
+        if tier and (ready := lane.quota.ready(amounts, now))[0] > now:
+            return ready[0], ready[1] + lane.name  # before its body is made
         request = turn.request.on(self._tiers[tier]) if self._several else turn.request
         if self._budget is not None and not self._budget.affords(request):
-            if tier or not self._budget.skips(request):
+            later = self._tiers[tier + 1 : self._open_tiers] if rows.below else ()
+            cheaper = any(self._budget.affords(turn.request.on(other)) for other in later)
+            if (tier and not never) or cheaper or not self._budget.skips(request):
                 return inf, "budget"
             rows.drop(turn)
             self._waiting -= 1
             waits = rows.waiting or rows.again
-            return self._through(lane, rows, tier, spills, for_retries, now) if waits else (inf, "budget")
-        amounts = lane.amounts(turn, turn.group is not None and rows.groups.follows(turn, now))
+            return self._through(lane, rows, tier, spills, never, for_retries, now) if waits else (inf, "budget")
         size = len(request.body)
         if self._bytes + size > self._memory and self._bytes:
             return inf, "memory"

@@ -97,7 +97,8 @@ class Lane:
         """Where none may go yet: from when on one may, and what is waited for; `affordable` says when a cost is."""
         ready = inf
         if self.again:
-            ready = max(self.again[0][0], affordable(self.again[0][2]))
+            at, _, cost, turn = self.again[0]
+            ready = max(at, affordable(cost), turn.barred)
         if self.groups.held and self.groups.until < ready:
             return self.groups.until, "groups"
         return ready, "retries"
@@ -106,12 +107,12 @@ class Lane:
         """A row that is to be asked again."""
         heapq.heappush(self.again, (turn.ready, order, cost, turn))
 
-    def next(self, now: float, budget: float, tier: int, onward: bool, spills: bool) -> tuple[Turn, float] | None:
+    def next(self, now: float, budget: float, tier: int, spills: bool) -> tuple[Turn, float] | None:
         """The row that goes next to a tier and what it draws from the retry budget; None where none may yet.
 
-        `tier` counts from this lane's; with `spills` the others take what it has no room for, and with `onward` a row
-        that one has refused goes to those after it. Rows that are asked again go first, but for the probes of an
-        outage: those are made by rows that have not failed yet, so that an outage uses up nobody's attempts.
+        `tier` counts from this lane's; with `spills` the others take what it has no room for, without only rows that
+        it has refused. Rows that are asked again go first, but for the probes of an outage: those are made by rows
+        that have not failed yet, so that an outage uses up nobody's attempts.
         """
         fresh = self.fresh
         if self.groups.leading or (fresh and fresh[0].group is not None):
@@ -121,9 +122,9 @@ class Lane:
         if self.again and self.again[0][0] <= now and self.again[0][2] <= budget:
             _, _, cost, turn = self.again[0]
             through = self.below[tier - 1] if tier else self
-            refused = min(_refusals(turn), len(self.below)) if onward and self.below else 0
+            earliest = turn.earliest if turn.barred > now else 0
             spared = first is not None and through.breaker.doubtful
-            if not spared and refused <= tier and (spills or not tier or refused):
+            if not spared and earliest <= tier and (spills or not tier or earliest):
                 return turn, cost
         return None if first is None or (tier and not spills) else (first, 0.0)
 
@@ -211,12 +212,6 @@ class Lane:
     def _back(self, now: float) -> None:
         self.window.restart(self._good, self.out - 1, now)
         self._note(now, "the outage is over")
-
-
-def _refusals(turn: Turn) -> int:
-    """How often a row was refused for want of room: by one tier after the other."""
-    tried = turn.tried
-    return sum([tried.get(kind, 0) for kind in _NO_ROOM]) if tried else 0
 
 
 def no_room(failure: Failure) -> bool:
