@@ -8,8 +8,9 @@ quickstart: .venv/ready
 	$(BIN)/batcher run jobs/tickets.toml
 	$(BIN)/batcher results out/tickets
 
+# Hundreds of processes are started: without bytecode on the disk each compiles the package anew.
 test: .venv/ready-dev
-	$(BIN)/pytest -n 3
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 3
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

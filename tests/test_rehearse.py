@@ -279,10 +279,10 @@ def test_a_budget_is_foretold_to_be_reached(tmp_path: Path, share: float) -> Non
 
 def test_a_deadline_is_foretold_to_be_kept(tmp_path: Path) -> None:
     """What flex cannot do by then goes to default, hardly more; without one both do all they can; or it is missed."""
-    limits = rehearse.Given(requests_per_minute=60, completion_tokens=30)  # flex has five times as many
+    limits = rehearse.Given(requests_per_minute=12, completion_tokens=30)  # flex has five times as many
     kept, plain, missed = (
         rehearse.rehearse(
-            batcher.load(made(tmp_path, 1_800, schedule={"service_tier": ["flex", "default"], **more})), None, limits
+            batcher.load(made(tmp_path, 360, schedule={"service_tier": ["flex", "default"], **more})), None, limits
         )
         for more in ({"deadline": "270s"}, {}, {"deadline": "2m"})
     )
