@@ -206,7 +206,7 @@ def test_a_budget_that_is_reached_pauses_and_a_larger_one_goes_on(tmp_path: Path
 def test_a_budget_too_small_for_any_large_row_is_a_pause(tmp_path: Path) -> None:
     """Also where so few of them may wait that they are all set aside before it is sure: others are read then."""
     with stories.service() as service:
-        large = {"request": {"prompt": "{{ text * 6000 }}"}, "output": {"keep": []}}
+        large: dict[str, dict[str, object]] = {"request": {"prompt": "{{ text * 6000 }}"}, "output": {"keep": []}}
         said = paused(job(tmp_path, service, 0.01, rows=280, more=large))
         assert service.book == []
     assert "the budget is reached" in said
