@@ -20,7 +20,7 @@ import batcher
 from batcher import dialects, engine
 from batcher.errors import PausedError
 from batcher.ledger import open_read_only, spending_of
-from batcher.records import Failure, Reply, Request, Spending, Summary
+from batcher.records import Spending, Summary
 from batcher.simulator import Entry, Front, ModelTransport, Settings, VirtualLoop, running
 from benchmarks.measure import ROOT, Answer
 
@@ -160,28 +160,6 @@ def _start(path: Path) -> "subprocess.Popen[bytes]":
 # In virtual time
 
 
-class _Cut:
-    """The transport of a process that may be killed: what is sent after that reaches nobody."""
-
-    def __init__(self, inner: ModelTransport) -> None:
-        self.inner, self.name = inner, inner.name
-        self.cut = False
-
-    async def send(self, request: Request) -> Reply | Failure:
-        """Ask once."""
-        if self.cut:
-            await asyncio.get_running_loop().create_future()
-        return await self.inner.send(request)
-
-    async def get(self, path: str) -> Reply | Failure:
-        """Read what lies at a path."""
-        return await self.inner.get(path)
-
-    async def close(self) -> None:
-        """Close every connection."""
-        await self.inner.close()
-
-
 def _virtual(seed: int) -> Spent:
     """The same with a clock of its own; a kill takes a picture of the disk, from which the next run goes on."""
     chance = random.Random(seed)
@@ -208,7 +186,7 @@ def _virtual(seed: int) -> Spent:
 
 async def _life(path: Path, front: Front, output: Path, picture: Path, after: float | None) -> None:
     """One run, killed so many seconds after its beginning."""
-    line = _Cut(ModelTransport(front, "Bearer benchmark", _TIMEOUT, dialects.named("cerebras").refusal))
+    line = ModelTransport(front, "Bearer benchmark", _TIMEOUT, dialects.named("cerebras").refusal)
     job = batcher.load(path, [f"output.path={output.name}"])
     task = asyncio.create_task(engine.run(job, transport=line))
     if after is None:

@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 from batcher import engine
 from batcher.job import from_document
-from batcher.simulator import Entry, Front, ModelTransport, Settings
+from batcher.simulator import Entry, Front, ModelTransport, Settings, VirtualLoop
 from benchmarks import schedule_plots
 from benchmarks.measure import CORES
 from benchmarks.schedule import source
-from benchmarks.schedule_world import CEREBRAS, DISK, KEY, KEY_NAME, MEMORY, MODEL, Clock, Lengths, Sized, drawn, texts
+from benchmarks.schedule_world import CEREBRAS, KEY, KEY_NAME, MEMORY, MODEL, Lengths, Sized, clock, drawn, texts
 
 TIERS = ("flex", "default")
 ROWS = 20_000
@@ -78,7 +78,7 @@ def kept(path: str | None, seed: int) -> Kept:
 
 def played(lengths: Lengths, course: str, seed: int, schedule: dict[str, object]) -> tuple[list[float], list[float]]:
     """When the answers of the first tier came, and those of the second."""
-    loop = Clock(until=1e6, work=lambda: DISK)
+    loop = clock(until=1e6)
     state = random.getstate()
     random.seed(seed)
     try:
@@ -92,7 +92,9 @@ def played(lengths: Lengths, course: str, seed: int, schedule: dict[str, object]
     return first, second
 
 
-async def _run(lengths: Lengths, course: str, seed: int, schedule: dict[str, object], loop: Clock) -> Sequence[Entry]:
+async def _run(
+    lengths: Lengths, course: str, seed: int, schedule: dict[str, object], loop: VirtualLoop
+) -> Sequence[Entry]:
     os.environ[KEY_NAME] = KEY
     limits = dict.fromkeys(("requests_per_minute", "tokens_per_minute", "uncached_tokens_per_minute"))
     service = Settings(

@@ -21,7 +21,7 @@ from batcher import dialects, engine, rehearse
 from batcher.records import Summary
 from batcher.simulator import Front, ModelTransport, Settings, running
 from benchmarks.measure import Answer
-from benchmarks.schedule_world import DISK, KEY, KEY_NAME, MEMORY, MODEL, Clock, Lengths, Sized, texts
+from benchmarks.schedule_world import KEY, KEY_NAME, MEMORY, MODEL, Lengths, Sized, clock, texts
 
 PILOT = 200
 NEAR = 0.10
@@ -151,7 +151,7 @@ def _job(folder: Path, url: str, cap: int) -> batcher.Job:
 
 
 def _true(folder: Path, settings: Settings, cap: int, seed: int) -> Summary:
-    loop = Clock(work=lambda: DISK)
+    loop = clock()
     random.seed(seed + 1_000)
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         return runner.run(_run(_job(folder, "https://simulated.invalid/v1", cap), settings))

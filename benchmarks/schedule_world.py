@@ -11,11 +11,11 @@ import signal
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from contextvars import Context
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVarTuple, Unpack
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,8 +26,6 @@ from batcher.job import from_document
 from batcher.records import Failure, Kind, Reply, Request, Snapshot
 from batcher.simulator import Entry, Front, ModelTransport, Recorded, Settings, VirtualLoop
 from benchmarks.schedule_books import Booked, Books, Level, Seen, Sent
-
-_Ts = TypeVarTuple("_Ts")
 
 MODEL = "gpt-oss-120b"
 CEREBRAS = dialects.named("cerebras")
@@ -128,14 +126,9 @@ class World:
         self.books = Books(self.seconds, outage=self.outage)
 
 
-class Clock(VirtualLoop):
-    """Virtual time in which every timer takes some: who waits for the rest of a rounding error would wait for ever."""
-
-    def call_at(
-        self, when: float, callback: Callable[[Unpack[_Ts]], object], *args: *_Ts, context: Context | None = None
-    ) -> asyncio.TimerHandle:
-        """Have something done at a moment."""
-        return super().call_at(max(when, self.time() + TICK), callback, *args, context=context)
+def clock(until: float = inf) -> VirtualLoop:
+    """Virtual time in which work on a thread and every timer take some."""
+    return VirtualLoop(until=until, work=lambda: DISK, tick=TICK)
 
 
 Client = Callable[[World, Line], Awaitable[None]]
@@ -147,7 +140,7 @@ def play(world: World, client: Client, refusal: Callable[[Reply], Failure] = CER
 
     `refusal` is what the client makes of an answer with another status than 200.
     """
-    loop = Clock(until=world.seconds + 3600.0, work=lambda: DISK)
+    loop = clock(until=world.seconds + 3600.0)
     state = random.getstate()
     random.seed(world.seed)  # the jitter of waits
     try:

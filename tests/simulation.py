@@ -36,7 +36,7 @@ import batcher
 from batcher import dialects, engine, killpoint
 from batcher.errors import BatcherError, InterruptedRunError, PausedError, ServiceError
 from batcher.ledger import open_read_only, spending_of
-from batcher.records import Failure, Kind, Reply, Request, Summary
+from batcher.records import Kind, Summary
 from batcher.retry import MAX_REQUEUES, RULES
 from batcher.simulator import Entry, Fault, Front, ModelTransport, Settings, VirtualLoop
 from batcher.verify import verify
@@ -408,31 +408,6 @@ SHAPES: tuple[Callable[[World], None], ...] = (
 # What happens
 
 
-class Line:
-    """A transport of a process that may be killed: what is sent after that reaches nobody."""
-
-    def __init__(self, inner: ModelTransport) -> None:
-        self.inner = inner
-        self.name = inner.name
-        self.cut = False
-
-    async def send(self, request: Request) -> Reply | Failure:
-        """Ask once."""
-        if self.cut:
-            await asyncio.get_running_loop().create_future()
-        return await self.inner.send(request)
-
-    async def get(self, path: str) -> Reply | Failure:
-        """Read what lies at a path."""
-        if self.cut:
-            await asyncio.get_running_loop().create_future()
-        return await self.inner.get(path)
-
-    async def close(self) -> None:
-        """Close every connection."""
-        await self.inner.close()
-
-
 class Run:
     """One life of the program in a world, and its ending.
 
@@ -463,8 +438,7 @@ class Run:
         start = loop.time()
         job = batcher.load(world.folder / "job.toml", [f"output.path={world.output.name}"])
         refusal = dialects.named("cerebras").refusal
-        model = ModelTransport(world.front, f"Bearer {stories.KEY}", job.service.timeout, refusal)
-        self._line = Line(model)
+        self._line = ModelTransport(world.front, f"Bearer {stories.KEY}", job.service.timeout, refusal)
         self._weather()
         for moment in sorted({at for spell in world.weather for at in spell[:2] if at > start}):
             loop.call_at(moment, self._weather)
@@ -497,7 +471,7 @@ class Run:
         world, now = self._world, self.loop.time()
         spells = [spell.what for spell in world.weather if spell.start <= now < spell.stop]
         broken = [Kind(what) for what in spells if what in set(Kind)]
-        self._line.inner.unreachable = broken[-1] if broken else None
+        self._line.unreachable = broken[-1] if broken else None
         spoiled = [what for what in spells if what not in set(Kind) and what != "key"]
         world.front.service.change(
             faults={spoiled[-1]: 1.0} if spoiled else world.faults,

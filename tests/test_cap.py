@@ -19,7 +19,7 @@ from batcher import dialects, engine
 from batcher.errors import JobError, PausedError
 from batcher.job import from_document
 from batcher.plan import plan, render
-from batcher.records import FIRST_CAP, Failure, Kind, Reply, Request, Summary, Turn, Usage
+from batcher.records import FIRST_CAP, Kind, Request, Summary, Turn, Usage
 from batcher.schedule import Dispatcher, Pace, Ticket
 from batcher.schedule.cap import MOST, Caps, Load
 from batcher.simulator import Front, ModelTransport, Recorded, Settings, VirtualLoop
@@ -180,28 +180,6 @@ LENGTHS = [40] * 30 + [3_000, 50, 40_000, 600] + [40] * 60 + [900, 45, 200, 44, 
 ENDLESS = 32
 
 
-class _Cut:
-    """The transport of a process that may be killed: what is sent after that reaches nobody."""
-
-    def __init__(self, inner: ModelTransport) -> None:
-        self.inner, self.name = inner, inner.name
-        self.cut = False
-
-    async def send(self, request: Request) -> Reply | Failure:
-        """Ask once."""
-        if self.cut:
-            await asyncio.get_running_loop().create_future()
-        return await self.inner.send(request)
-
-    async def get(self, path: str) -> Reply | Failure:
-        """Read what lies at a path."""
-        return await self.inner.get(path)
-
-    async def close(self) -> None:
-        """Close every connection."""
-        await self.inner.close()
-
-
 def job_of(folder: Path, output: str = "out", **more: dict[str, object]) -> batcher.Job:
     """The job, over rows from Python."""
     sections: dict[str, dict[str, Any]] = {
@@ -243,7 +221,7 @@ def lived(job: batcher.Job, front: Front, start: float, after: float | None = No
     NOW[0] = loop.time
 
     async def life() -> Summary | None:
-        line = _Cut(ModelTransport(front, f"Bearer {stories.KEY}", 3600.0, dialects.named("cerebras").refusal))
+        line = ModelTransport(front, f"Bearer {stories.KEY}", 3600.0, dialects.named("cerebras").refusal)
         task = asyncio.create_task(engine.run(job, table=pa.table({"text": TEXTS}), transport=line))
         await asyncio.wait([task], timeout=after)
         if task.done():

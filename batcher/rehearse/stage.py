@@ -6,11 +6,10 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import Context
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeVarTuple, Unpack
+from typing import Any
 
 import msgspec
 
@@ -23,14 +22,12 @@ from batcher.records import Failure, Reply, Request, Summary
 from batcher.rehearse.rows import Rows
 from batcher.simulator import Front, ModelTransport, NothingLeftError, Recorded, Settings, VirtualLoop
 
-_Ts = TypeVarTuple("_Ts")
-
 EPOCH = 1_790_000_000.0
 """The Unix time at which every rehearsal begins."""
 DISK = 0.002
 """Seconds that work on a thread takes: mostly, that the disk does."""
 TICK = 1e-6
-"""Seconds that a timer takes at least: who waits for the rest of a rounding error would wait for ever."""
+"""Seconds that a timer takes at least."""
 LONGEST = 400 * 86_400.0
 """Virtual seconds after which a rehearsal is not gone on with."""
 _MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -117,16 +114,6 @@ class _Read(msgspec.Struct):
     tools: msgspec.Raw = msgspec.Raw()
     messages: msgspec.Raw = msgspec.Raw()
     prompt: msgspec.Raw = msgspec.Raw()
-
-
-class _Clock(VirtualLoop):
-    """Virtual time in which every timer takes some."""
-
-    def call_at(
-        self, when: float, callback: Callable[[Unpack[_Ts]], object], *args: *_Ts, context: Context | None = None
-    ) -> asyncio.TimerHandle:
-        """Have something done at a moment."""
-        return super().call_at(max(when, self.time() + TICK), callback, *args, context=context)
 
 
 class _Line:
@@ -232,7 +219,7 @@ def play(
     Raises what ends such a run: the errors of batcher.errors.
     """
     most = engine.prepare(job, table=rows).most if job.schedule.budget_usd is not None else _nothing
-    loop = _Clock(until=LONGEST, work=lambda: DISK)
+    loop = VirtualLoop(until=LONGEST, work=lambda: DISK, tick=TICK)
     state = random.getstate()
     random.seed(seed)  # the jitter of waits
     try:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextvars import Context
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 _T = TypeVar("_T")
@@ -18,13 +19,21 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     It begins at `now` (seconds), and where it would have to go on after `until` it raises NothingLeftError. Work that
     is given to an executor is done by the loop itself, whole and at one moment, after as many seconds as `work` says.
+    Every timer takes `tick` seconds at least: who waits for the rest of a rounding error would wait for ever.
     """
 
-    def __init__(self, now: float = 0.0, until: float = float("inf"), work: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self,
+        now: float = 0.0,
+        until: float = float("inf"),
+        work: Callable[[], float] = lambda: 0.0,
+        tick: float = 0.0,
+    ) -> None:
         super().__init__()
         self._now = now
         self._until = until
         self._work = work
+        self._tick = tick
         self._handlers: dict[int, Callable[[], object]] = {}
         self._selector = self  # whom the base class asks what happened outside: nothing ever does
 
@@ -40,6 +49,14 @@ class VirtualLoop(asyncio.BaseEventLoop):
         if self._now > self._until:
             raise NothingLeftError(f"it is not over after {self._until:,.0f} s")
         return []
+
+    def call_at(
+        self, when: float, callback: Callable[[Unpack[_Ts]], object], *args: *_Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Have something done at a moment."""
+        if self._tick:
+            when = max(when, self._now + self._tick)
+        return super().call_at(when, callback, *args, context=context)
 
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[Unpack[_Ts]], _T], *args: *_Ts

@@ -31,6 +31,8 @@ class ModelTransport:
     ) -> None:
         self.unreachable: Kind | None = None
         """What every attempt to connect ends with now, and every connection is lost; None: all is well."""
+        self.cut = False
+        """Whether its process was killed: what is sent after that reaches nobody, and nothing comes back."""
         self._front = front
         self._authorization = authorization
         self._timeout = timeout
@@ -47,7 +49,10 @@ class ModelTransport:
         return await self._exchange("GET", f"/v1{path}", b"")
 
     async def _exchange(self, method: str, path: str, body: bytes) -> Reply | Failure:
-        now = asyncio.get_running_loop().time
+        loop = asyncio.get_running_loop()
+        if self.cut:
+            await loop.create_future()
+        now = loop.time
         began = now()
         sent_at = int((self._front.service.epoch + began) * 1e6)
         if self.unreachable is not None:
