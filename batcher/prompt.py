@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
@@ -454,15 +454,18 @@ def _prefixes(values: Mapping[str, object]) -> bytes:
     said = b"".join(
         bytes(cast(msgspec.Raw, values[name])) for name in ("tools", "messages", "prompt") if name in values
     )
-    digest, made, done = hashlib.blake2b(digest_size=8), [], 0
-    for step in _STEPS:
-        end = step * BLOCK_BYTES
+    return b"".join(prefix_digests(said, [step * BLOCK_BYTES for step in _STEPS]))
+
+
+def prefix_digests(said: bytes, ends: Iterable[int]) -> Iterator[bytes]:
+    """Digests (8 bytes each) of a text up to each of these ever larger ends that it reaches."""
+    digest, done = hashlib.blake2b(digest_size=8), 0
+    for end in ends:
         if end > len(said):
-            break
+            return
         digest.update(said[done:end])
-        made.append(digest.digest())
+        yield digest.digest()
         done = end
-    return b"".join(made)
 
 
 def prefix_tokens(place: int) -> int:

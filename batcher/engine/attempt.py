@@ -177,8 +177,17 @@ class Attempts:
             if failure.kind is Kind.TRUNCATED:
                 floor = request.output_tokens
             ready, elsewhere = now + again.wait, self._dispatcher.elsewhere(turn, failure)
-            more = Turn(request, now if elsewhere else ready, turn.attempt + 1, tried, plain, floor, turn.group)
-            more.earliest, more.barred = elsewhere, ready if elsewhere else now
+            more = Turn(
+                request,
+                now if elsewhere else ready,
+                turn.attempt + 1,
+                tried,
+                plain,
+                floor,
+                turn.group,
+                earliest=elsewhere,
+                barred=ready,
+            )
             self._dispatcher.again(more, again.cost)
             self._turns.wake()
         elif self._guard.holds(failure):

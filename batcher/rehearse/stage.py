@@ -7,7 +7,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from batcher.access import Access
 from batcher.errors import JobError
 from batcher.job import Job, from_document, parse_document
 from batcher.ledger import added_up, open_read_only, timeline_of
+from batcher.prompt import prefix_digests
 from batcher.records import Failure, Reply, Request, Summary
 from batcher.rehearse.rows import Rows
 from batcher.simulator import Front, ModelTransport, NothingLeftError, Recorded, Settings, VirtualLoop
@@ -185,13 +185,8 @@ def beginnings(body: bytes, size: float) -> list[str]:
     """A digest of what the model reads up to the end of each whole block of `size` bytes: tools first."""
     read = msgspec.json.decode(body, type=_Read)
     said = b"".join(bytes(part) for part in (read.tools, read.messages, read.prompt) if part)
-    digest, made, done = blake2b(digest_size=8), [], 0
-    for number in range(1, int(len(said) / size) + 1):
-        end = int(number * size)
-        digest.update(said[done:end])
-        made.append(digest.hexdigest())
-        done = end
-    return made
+    ends = [int(number * size) for number in range(1, int(len(said) / size) + 1)]
+    return [digest.hex() for digest in prefix_digests(said, ends)]
 
 
 def bare(job: Job, output: str, more: Mapping[str, Mapping[str, object]] | None = None) -> Job:

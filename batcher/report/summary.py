@@ -2,11 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import islice
 
 from batcher.records import Summary, Totals
-from batcher.report.text import budget, count, duration, money, printable
+from batcher.report.text import budget, count, deadline, duration, money, printable
 
 _LOOKED_AT = 100_000
 """Failures that are looked at for the most common ones: it bounds the memory."""
@@ -75,7 +75,7 @@ def _cost(totals: Totals) -> str:
 def _deadline(summary: Summary) -> str:
     if summary.deadline is None:
         return ""
-    said = f"{datetime.fromisoformat(summary.deadline).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    said = deadline(datetime.fromisoformat(summary.deadline).timestamp(), None)
     if summary.late is None:
         return said
     return f"{said}, missed by {duration(summary.late)}" if summary.late > 0 else f"{said}, met"

@@ -104,7 +104,7 @@ class Dispatcher:
         self._trace = trace
         self._tiers, self._several = tuple(tiers), len(tiers) > 1
         self._deadline = deadline
-        self._open_tiers = self._most_open = 1 if deadline is not None else max(1, len(tiers))
+        self._most_open = 1
         self._latency = 0.0
         """Seconds that answers take, for the deadline."""
         self._memory, self._bytes = memory, 0
@@ -209,7 +209,6 @@ class Dispatcher:
         """So many rows are not done yet: decide again which tiers are needed, where there is a deadline."""
         if self._deadline is None or (opened := self._deadline.look(rows, self._latency, now)) is None:
             return
-        self._open_tiers = opened
         if opened > self._most_open and self._trace is not None:  # it closes and opens again many times
             self._most_open = opened
             self._trace(Decision(now, f"{self._tiers[opened - 1]} is needed for the deadline: {rows:,} rows are left"))
@@ -255,9 +254,9 @@ class Dispatcher:
 
     def opens(self) -> bool:
         """Open one more tier, whatever the deadline needs: those that are open have no quota. False: all are."""
-        if self._deadline is None or self._open_tiers >= len(self._tiers):
+        if self._deadline is None or self._deadline.open >= len(self._tiers):
             return False
-        self._open_tiers = self._deadline.open = self._deadline.least = self._open_tiers + 1
+        self._deadline.open = self._deadline.least = self._deadline.open + 1
         return True
 
     def has_quota(self, turn: Turn, now: float) -> bool:
@@ -352,6 +351,11 @@ class Dispatcher:
         lane = Lane(Window(self._start, self.ceiling, now), self._rates, known, caps, note, now)
         return lane
 
+    @property
+    def _open_tiers(self) -> int:
+        """How many of the tiers, from the first, rows may go to."""
+        return len(self._tiers) if self._deadline is None else self._deadline.open
+
     def _tier(self, turn: Turn) -> int:
         """The place of the tier that a row went to, in the list of them."""
         return self._tiers.index(str(turn.request.tier)) if self._several else 0
@@ -399,8 +403,9 @@ class Dispatcher:
         if lane.caps is not None:
             lane.cap(turn, lane.caps, now)
         amounts = lane.amounts(turn, turn.group is not None and rows.groups.follows(turn, now))
-        if tier and (ready := lane.quota.ready(amounts, now))[0] > now:
-            return ready[0], ready[1] + lane.name  # before its body is made
+        at, what = lane.quota.ready(amounts, now)
+        if tier and at > now:
+            return at, what + lane.name  # before its body is made
         request = turn.request.on(self._tiers[tier]) if self._several else turn.request
         if self._budget is not None and not self._budget.affords(request):
             later = self._tiers[tier + 1 : self._open_tiers] if rows.below else ()
@@ -421,7 +426,6 @@ class Dispatcher:
             self._waiting -= 1
             self.in_flight += turn.attempt > 1  # a row that was never sent takes no place
             return Ticket(turn, now, amounts[1], amounts[2], 0.0, False, (0.0, 0.0, 0.0), exceeds)
-        at, what = lane.quota.ready(amounts, now)
         if at > now:
             return at, what + lane.name
         rows.drop(turn)
